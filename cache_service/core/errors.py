@@ -54,7 +54,7 @@ class Rejected(PrfaasError):
     reason = "rejected"
 
     def __init__(self, message: str, *, retry_after_s: float, **context: object) -> None:
-        super().__init__(message, **context)
+        super().__init__(message, reason=None, **context)
         self.retry_after_s = retry_after_s
 
 

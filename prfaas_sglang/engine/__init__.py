@@ -1,0 +1,1 @@
+"""The only place, with `prfaas_sglang.cpu`, that knows SGLang and torch."""

@@ -1,0 +1,77 @@
+"""PRFAAS_CONFIG: what one SGLang worker needs to know to export or import KV.
+
+The variable holds JSON, or `@/path/to/file.json`; SGLang's child processes inherit it. Unset means that the
+plugin does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from cache_service.core.errors import ConfigError
+from cache_service.core.ids import parse_name
+
+ENVIRONMENT_VARIABLE = "PRFAAS_CONFIG"
+
+
+class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Configuration of one worker's transfer backend.
+
+    Attributes:
+        worker_id: name of this worker, unique in the fleet.
+        site: datacenter it stands in.
+        listen_host: address on which a prefill worker accepts decode workers; the port is SGLang's own
+            --disaggregation-bootstrap-port (plus the tensor-parallel rank).
+        telemetry_listen: host:port for GET /metrics and /transfers, "" for none. Rank 0 only.
+        frame_bytes: bytes of KV per frame, 4 KiB to 4 MiB.
+    """
+
+    worker_id: str
+    site: str
+    listen_host: str = "0.0.0.0"
+    telemetry_listen: str = ""
+    frame_bytes: int = 256 << 10
+
+    def check(self) -> None:
+        """Raise ConfigError naming the first field that is wrong."""
+        parse_name(self.worker_id, field=f"{ENVIRONMENT_VARIABLE}.worker_id")
+        parse_name(self.site, field=f"{ENVIRONMENT_VARIABLE}.site")
+        if self.telemetry_listen:
+            split_address(self.telemetry_listen, field=f"{ENVIRONMENT_VARIABLE}.telemetry_listen")
+        if not 4 << 10 <= self.frame_bytes <= 4 << 20:
+            raise ConfigError(
+                f"{ENVIRONMENT_VARIABLE}.frame_bytes: {self.frame_bytes} is not in 4096..4194304"
+            )
+
+
+def split_address(text: str, *, field: str) -> tuple[str, int]:
+    """Split "host:port" ("[v6]:port"). Raises ConfigError naming `field`."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or not 0 <= int(port) <= 65535:
+        raise ConfigError(f"{field}: {text!r} is not host:port")
+    return host.strip("[]"), int(port)
+
+
+def load(environment: Mapping[str, str] = os.environ) -> WorkerConfig | None:
+    """Return the configuration, None when the variable is unset or empty.
+
+    Raises ConfigError naming the field and what is accepted.
+    """
+    text = environment.get(ENVIRONMENT_VARIABLE, "").strip()
+    if not text:
+        return None
+    if text.startswith("@"):
+        try:
+            text = Path(text[1:]).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{ENVIRONMENT_VARIABLE}: cannot read {text[1:]}: {error.strerror}") from error
+    try:
+        config = msgspec.json.decode(text.encode(), type=WorkerConfig)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"{ENVIRONMENT_VARIABLE}: {error}") from error
+    config.check()
+    return config

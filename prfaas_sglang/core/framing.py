@@ -1,0 +1,191 @@
+"""Frames of the KV wire protocol: what a header and each control message look like in bytes.
+
+Sans-I/O: bytes in, values out. Nothing here reads a socket or trusts a length it has not bounded.
+The format is specified in docs/wire-protocol.md; all integers are little-endian.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+from enum import IntEnum
+
+from cache_service.core.errors import RemoteProtocolError
+
+MAGIC = b"PK"
+VERSION = 1
+
+#: magic, version, type, payload length, transfer id, XXH3-64 of the payload, CRC-32 of the 24 bytes before.
+_HEADER = struct.Struct("<2sBBIQQ")
+_HEADER_CRC = struct.Struct("<I")
+HEADER_BYTES = _HEADER.size + _HEADER_CRC.size
+
+#: Upper bound of one frame's payload: a data frame carries at most this much KV.
+MAX_PAYLOAD_BYTES = 8 << 20
+#: Upper bound of a control message's payload (a hello carries the pool layout).
+MAX_CONTROL_BYTES = 256 << 10
+MAX_REASON_BYTES = 1024
+
+
+class FrameType(IntEnum):
+    """Kind of a frame; who may send it is in parentheses."""
+
+    HELLO = 1  # both, first frame on a connection: JSON, see layout.py
+    GRANT = 2  # decode: "write these pages, state rows and aux row of mine"
+    DATA = 3  # prefill: rows of one tensor
+    COMMIT = 4  # prefill: everything was sent
+    DONE = 5  # decode: everything arrived and was verified
+    ABORT = 6  # both: the transfer (or, with transfer id 0, the connection) is over
+    PING = 7  # both: liveness probe
+    PONG = 8  # both: its answer
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """One frame's header.
+
+    Attributes:
+        type: kind of the frame.
+        length: bytes of payload that follow.
+        transfer: the transfer it belongs to, 0 for the connection itself.
+        checksum: XXH3-64 of the payload.
+    """
+
+    type: FrameType
+    length: int
+    transfer: int
+    checksum: int
+
+
+def encode_header(header: Header) -> bytes:
+    """Return the 28 header bytes."""
+    head = _HEADER.pack(MAGIC, VERSION, header.type, header.length, header.transfer, header.checksum)
+    return head + _HEADER_CRC.pack(zlib.crc32(head))
+
+
+def decode_header(data: bytes | bytearray | memoryview) -> Header:
+    """Parse exactly HEADER_BYTES bytes.
+
+    Raises RemoteProtocolError when the bytes are not a header of this version or announce more than the
+    bound of their frame type; the connection cannot be trusted any further then.
+    """
+    if len(data) != HEADER_BYTES:
+        raise RemoteProtocolError(f"header: {len(data)} bytes instead of {HEADER_BYTES}", reason="header")
+    magic, version, kind, length, transfer, checksum = _HEADER.unpack_from(data)
+    if magic != MAGIC:
+        raise RemoteProtocolError("header: not the prfaas KV protocol", reason="magic")
+    (crc,) = _HEADER_CRC.unpack_from(data, _HEADER.size)
+    if crc != zlib.crc32(data[: _HEADER.size]):
+        raise RemoteProtocolError("header: checksum mismatch", reason="header_checksum")
+    if version != VERSION:
+        raise RemoteProtocolError(
+            f"header: protocol version {version}; this side speaks {VERSION}", reason="version"
+        )
+    try:
+        frame_type = FrameType(kind)
+    except ValueError:
+        raise RemoteProtocolError(f"header: unknown frame type {kind}", reason="frame_type") from None
+    bound = MAX_PAYLOAD_BYTES if frame_type is FrameType.DATA else MAX_CONTROL_BYTES
+    if length > bound:
+        raise RemoteProtocolError(
+            f"header: {length} bytes of {frame_type.name}, at most {bound}", reason="length"
+        )
+    return Header(frame_type, length, transfer, checksum)
+
+
+# --- control messages -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Decode's permission to write.
+
+    Attributes:
+        room: SGLang's bootstrap room, which pairs the two halves of a request.
+        pages: KV pages granted, counted from the end of the prefix that decode already holds.
+        prefix_tokens: tokens that decode already holds (page aligned).
+        state_rows: rows granted in each state component, in the layout's order.
+    """
+
+    room: int
+    pages: int
+    prefix_tokens: int
+    state_rows: tuple[int, ...]
+
+
+_GRANT = struct.Struct("<QIIB")
+_ROWS = struct.Struct("<I")
+
+
+def encode_grant(grant: Grant) -> bytes:
+    """Return a GRANT payload."""
+    head = _GRANT.pack(grant.room, grant.pages, grant.prefix_tokens, len(grant.state_rows))
+    return head + b"".join(_ROWS.pack(rows) for rows in grant.state_rows)
+
+
+def decode_grant(payload: bytes) -> Grant:
+    """Parse a GRANT payload. Raises RemoteProtocolError on a wrong length."""
+    if len(payload) < _GRANT.size:
+        raise RemoteProtocolError("grant: too short", reason="grant")
+    room, pages, prefix, components = _GRANT.unpack_from(payload)
+    if len(payload) != _GRANT.size + components * _ROWS.size:
+        raise RemoteProtocolError("grant: length does not match its component count", reason="grant")
+    rows = tuple(_ROWS.unpack_from(payload, _GRANT.size + i * _ROWS.size)[0] for i in range(components))
+    return Grant(room, pages, prefix, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Descriptor at the head of a DATA payload: `count` rows of one tensor, from position `first`.
+
+    Positions count inside the transfer (0 = first granted page, state row or the aux row); they are never
+    the receiver's own row numbers, so a peer cannot name memory that was not granted.
+    """
+
+    component: int
+    tensor: int
+    first: int
+    count: int
+
+
+_DATA = struct.Struct("<HHII")
+DATA_BYTES = _DATA.size
+
+
+def encode_data(data: Data) -> bytes:
+    """Return the descriptor bytes."""
+    return _DATA.pack(data.component, data.tensor, data.first, data.count)
+
+
+def decode_data(payload: bytes | bytearray | memoryview) -> Data:
+    """Parse a descriptor of DATA_BYTES bytes. Raises RemoteProtocolError on a wrong length."""
+    if len(payload) != DATA_BYTES:
+        raise RemoteProtocolError("data: descriptor too short", reason="data")
+    return Data(*_DATA.unpack(payload))
+
+
+_TOTAL = struct.Struct("<Q")
+
+
+def encode_total(total_bytes: int) -> bytes:
+    """Return a COMMIT or DONE payload: row bytes of the whole transfer."""
+    return _TOTAL.pack(total_bytes)
+
+
+def decode_total(payload: bytes) -> int:
+    """Parse a COMMIT or DONE payload. Raises RemoteProtocolError on a wrong length."""
+    if len(payload) != _TOTAL.size:
+        raise RemoteProtocolError("total: expected 8 bytes", reason="total")
+    return int(_TOTAL.unpack(payload)[0])
+
+
+def encode_reason(reason: str) -> bytes:
+    """Return an ABORT payload, cut to MAX_REASON_BYTES."""
+    return reason.encode("utf-8", "replace")[:MAX_REASON_BYTES]
+
+
+def decode_reason(payload: bytes) -> str:
+    """Parse an ABORT payload into printable text of bounded length."""
+    text = payload[:MAX_REASON_BYTES].decode("utf-8", "replace")
+    return "".join(c if c.isprintable() else "?" for c in text)

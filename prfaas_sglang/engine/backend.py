@@ -1,0 +1,253 @@
+"""SGLang's transfer-backend classes, thin: they translate between the scheduler's polls and our shells.
+
+Everything here runs on the scheduler thread and returns at once; sockets live on the shells' own threads,
+which report through `update_status`. A failure becomes a failed request with a reason, never an exception in
+the scheduler. Built on SGLang 0.5.21's CommonKV* classes; their HTTP bootstrap registry and ZMQ control
+sockets are not used: decode dials the prefill rank at bootstrap_host:(bootstrap_port + rank) directly.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import numpy as np
+from sglang.srt.disaggregation.base.conn import BaseKVBootstrapServer, KVPoll
+from sglang.srt.disaggregation.common.conn import (
+    CommonKVManager,
+    CommonKVReceiver,
+    CommonKVSender,
+    KVTransferError,
+    PrefillServerInfo,
+)
+from sglang.srt.disaggregation.utils import DisaggregationMode
+
+from cache_service.core.errors import ConfigError, PrfaasError
+from prfaas_sglang import config
+from prfaas_sglang.config import split_address
+from prfaas_sglang.core.framing import Grant
+from prfaas_sglang.engine import pools
+from prfaas_sglang.transfer import telemetry
+from prfaas_sglang.transfer.channel import Identity
+from prfaas_sglang.transfer.exporter import Exporter
+from prfaas_sglang.transfer.importer import Importer
+
+logger = logging.getLogger(__name__)
+
+
+class PrfaasManager(CommonKVManager):
+    """One per scheduler rank: owns the exporter (prefill) or the importer (decode)."""
+
+    def __init__(self, args: Any, mode: Any, server_args: Any, is_mla_backend: bool | None = False) -> None:
+        worker = config.load()
+        if worker is None:
+            raise ConfigError(f"the prfaas transfer backend needs {config.ENVIRONMENT_VARIABLE}")
+        self._worker = worker
+        super().__init__(args, mode, server_args, is_mla_backend)
+        self.server_socket.close(linger=0)  # the base class's control socket; nobody may talk to it
+        layout = pools.describe(args, model=server_args.served_model_name, tp_size=self.attn_tp_size)
+        memory = pools.row_memory(args, layout)
+        identity = Identity(mode.value, worker.site, worker.worker_id, self.attn_tp_rank, layout)
+        self.telemetry = telemetry.Telemetry(worker.site)
+        if mode == DisaggregationMode.PREFILL:
+            self.exporter = Exporter(
+                identity,
+                memory,
+                self.telemetry,
+                on_grant=self._granted,
+                on_done=lambda room: self.update_status(room, KVPoll.Success),
+                on_failed=self.fail,
+                frame_bytes=worker.frame_bytes,
+            )
+            port = self.exporter.listen(worker.listen_host, self.bootstrap_port + self.attn_tp_rank)
+            logger.info("kv_export_listening port=%d layout=%s", port, layout.fingerprint())
+        else:
+            self.importer = Importer(
+                identity,
+                memory,
+                self.telemetry,
+                on_progress=lambda room: self.update_status(room, KVPoll.Transferring),
+                on_done=lambda room: self.update_status(room, KVPoll.Success),
+                on_failed=self.fail,
+            )
+            logger.info("kv_import_ready layout=%s", layout.fingerprint())
+        if worker.telemetry_listen and self.attn_tp_rank == 0:
+            host, port = split_address(worker.telemetry_listen, field="telemetry_listen")
+            telemetry.serve(self.telemetry, host, port)
+
+    def register_to_bootstrap(self) -> None:
+        """Nothing to register with: the listener itself is the registry."""
+
+    def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
+        """Assume the peer is shaped like us, without asking over HTTP; the hello verifies it."""
+        if bootstrap_addr not in self.prefill_info_table:
+            info = PrefillServerInfo(
+                attn_tp_size=self.attn_tp_size,
+                attn_cp_size=1,
+                dp_size=1,
+                pp_size=1,
+                page_size=self.kv_args.page_size,
+                kv_cache_dtype=self.kv_cache_dtype_str,
+                follow_bootstrap_room=True,
+            )
+            self._resolve_rank_mapping(info)
+            self.prefill_info_table[bootstrap_addr] = info
+        return True
+
+    def fail(self, room: int, reason: str) -> None:
+        """Fail a room that is still open, with its reason."""
+        if room in self.request_status:
+            self.record_failure(room, reason)
+            self.update_status(room, KVPoll.Failed)
+
+    def status(self, room: int) -> int:
+        """Return the room's status, Failed when it is not known any more."""
+        return int(self.request_status.get(room, KVPoll.Failed))
+
+    def _granted(self, room: int, grant: Grant) -> None:
+        # the request may not have reached this scheduler yet; its sender asks again (PrfaasSender.__init__)
+        if room in self.request_status:
+            self.req_to_decode_prefix_len[room] = grant.prefix_tokens
+            self.update_status(room, KVPoll.WaitingForInput)
+
+
+class _Failures:
+    """How a failed sender or receiver tells the scheduler why."""
+
+    kv_mgr: PrfaasManager
+    bootstrap_room: int
+    conclude_state: int | None
+
+    def failure_exception(self) -> None:
+        """Raise KVTransferError with the recorded reason."""
+        self.conclude_state = KVPoll.Failed
+        self.clear()  # type: ignore[attr-defined]
+        with self.kv_mgr.failure_lock:
+            reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
+        raise KVTransferError(
+            self.bootstrap_room, reason or "failed on another rank", is_from_another_rank=reason is None
+        )
+
+    def _concluded(self, timed: tuple[int, ...], check_timeout: Any) -> int:
+        if self.conclude_state is not None:
+            return self.conclude_state
+        status = self.kv_mgr.status(self.bootstrap_room)
+        if status in timed and check_timeout() is not None:
+            status = KVPoll.Failed
+        if status in (KVPoll.Success, KVPoll.Failed):
+            self.conclude_state = status
+        return status
+
+
+class PrfaasSender(_Failures, CommonKVSender):
+    """Prefill's half of one request."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.init_time = time.time()
+        grant = self.kv_mgr.exporter.grant(self.bootstrap_room)
+        if grant is not None:
+            self.kv_mgr._granted(self.bootstrap_room, grant)
+
+    def send(
+        self, kv_indices: Any, state_indices: list[Any] | None = None, num_kv_tokens: int | None = None
+    ) -> None:
+        """Queue one chunk of pages; with `state_indices`, the last one."""
+        pages = np.asarray(kv_indices).reshape(-1).tolist()
+        _, _, last, _ = self._prepare_send_indices(kv_indices, state_indices)
+        self._record_transfer_indices(kv_indices, state_indices)
+        try:
+            self.kv_mgr.exporter.send(
+                self.bootstrap_room,
+                pages,
+                states=_rows(state_indices) if last else None,
+                aux_row=self.aux_index if last else None,
+                last=last,
+            )
+        except PrfaasError as error:
+            self.kv_mgr.exporter.abort(self.bootstrap_room, str(error))
+            self.kv_mgr.fail(self.bootstrap_room, str(error))
+
+    def poll(self) -> int:
+        """Return the transfer's KVPoll."""
+        return self._concluded((KVPoll.Bootstrapping,), self._check_bootstrap_timeout)
+
+    def clear(self) -> None:
+        """Forget the room; a transfer that is still open is given up."""
+        self.kv_mgr.exporter.abort(self.bootstrap_room, "prefill released the request")
+        super().clear()
+
+    def abort(self) -> None:
+        """Give the transfer up on the scheduler's wish."""
+        super().abort()
+        self.kv_mgr.exporter.abort(self.bootstrap_room, "aborted at the prefill worker")
+
+
+class PrfaasReceiver(_Failures, CommonKVReceiver):
+    """Decode's half of one request."""
+
+    def _get_bootstrap_info_from_server(
+        self, prefill_dp_rank: int, prefill_cp_rank: int, target_tp_rank: int, target_pp_rank: int
+    ) -> dict[str, Any]:
+        # SGLang asks a registry over HTTP here, on the scheduler thread; the address is known without asking
+        host, port = split_address(self.bootstrap_addr, field="bootstrap_addr")
+        return {"rank_ip": host, "rank_port": port + target_tp_rank, "pp_rank": target_pp_rank}
+
+    def init(self, prefill_dp_rank: int) -> None:
+        """Resolve the prefill rank and start dialing it."""
+        super().init(prefill_dp_rank)
+        if self.conclude_state is None:
+            self.kv_mgr.importer.connect(self._address())
+
+    def _address(self) -> tuple[str, int]:
+        info = self.bootstrap_infos[0]
+        return info["rank_ip"], info["rank_port"]
+
+    def send_metadata(
+        self,
+        kv_indices: Any,
+        aux_index: int | None = None,
+        state_indices: list[Any] | None = None,
+        decode_prefix_len: int | None = None,
+        destination: Any = None,
+    ) -> None:
+        """Grant this request's pages, state rows and metadata row to the prefill rank."""
+        self.init_time = time.time()
+        self.kv_mgr.importer.begin(
+            self.bootstrap_room,
+            self._address(),
+            np.asarray(kv_indices).reshape(-1).tolist(),
+            states=_rows(state_indices),
+            aux_row=int(aux_index if aux_index is not None else -1),
+            prefix_tokens=int(decode_prefix_len or 0),
+        )
+
+    def poll(self) -> int:
+        """Return the transfer's KVPoll."""
+        return self._concluded(
+            (KVPoll.WaitingForInput, KVPoll.Transferring), self._check_waiting_timeout
+        )
+
+    def clear(self) -> None:
+        """Forget the room; rows are not written any more when this returns."""
+        self.kv_mgr.importer.abort(self.bootstrap_room, "decode released the request")
+        super().clear()
+
+    def _send_abort_notification(self, *, force_arm: bool = False) -> None:
+        self.kv_mgr.importer.abort(self.bootstrap_room, "aborted at the decode worker")
+
+
+class PrfaasBootstrapServer(BaseKVBootstrapServer):
+    """SGLang starts one per prefill server; ours is the exporter's listener, so there is nothing to do."""
+
+    def __init__(self, host: str, port: int) -> None:
+        logger.info("bootstrap_is_the_kv_listener host=%s port=%d", host, port)
+
+
+def _rows(state_indices: list[Any] | None) -> list[list[int]]:
+    """Return one flat list of row numbers per state component."""
+    return [
+        [] if component is None else [int(v) for v in np.asarray(component).reshape(-1)]
+        for component in state_indices or []
+    ]

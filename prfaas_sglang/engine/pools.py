@@ -1,0 +1,64 @@
+"""From SGLang's KVArgs to our layout and row memory (CPU pools: raw pointers become buffers)."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from cache_service.core.errors import UnsupportedEngine
+from prfaas_sglang.core.layout import Component, Layout, check_layout
+from prfaas_sglang.engine.compat import engine_version
+from prfaas_sglang.transfer.memory import RowMemory
+
+#: State components whose rows mean the same on both sides and that were tested.
+SUPPORTED_STATES = ("mamba", "swa")
+
+
+def describe(args: Any, *, model: str, tp_size: int) -> Layout:
+    """Return the layout that `args` (SGLang's KVArgs) describes.
+
+    Raises UnsupportedEngine for pools that this release cannot carry.
+    """
+    states = []
+    layer_ids = list(getattr(args, "state_layer_ids", None) or [])
+    for i, (kind, lengths) in enumerate(zip(args.state_types, args.state_item_lens, strict=True)):
+        name = str(getattr(kind, "value", kind))
+        if name not in SUPPORTED_STATES:
+            raise UnsupportedEngine(f"state component {name!r}; supported: {', '.join(SUPPORTED_STATES)}")
+        ids = tuple(int(v) for v in layer_ids[i]) if i < len(layer_ids) and layer_ids[i] else ()
+        states.append(Component(name, tuple(int(v) for v in lengths), ids))
+    kv_ids = tuple(int(v) for v in (getattr(args, "kv_layer_ids", None) or ()))
+    layout = Layout(
+        engine=f"sglang {engine_version()}",
+        model=model,
+        page_size=int(args.page_size),
+        kv_dtype=str(args.kv_cache_dtype_str),
+        tp_size=tp_size,
+        components=(
+            Component("kv", tuple(int(v) for v in args.kv_item_lens), kv_ids),
+            *states,
+            Component("aux", tuple(int(v) for v in args.aux_item_lens)),
+        ),
+    )
+    try:
+        check_layout(layout)
+    except ValueError as error:
+        raise UnsupportedEngine(str(error)) from error
+    return layout
+
+
+def row_memory(args: Any, layout: Layout) -> RowMemory:
+    """Return the pools behind `args` as rows. The engine keeps the memory alive for the process's life."""
+    pointers = [args.kv_data_ptrs, *args.state_data_ptrs, args.aux_data_ptrs]
+    lengths = [args.kv_data_lens, *args.state_data_lens, args.aux_data_lens]
+    return RowMemory(
+        layout,
+        [
+            [_buffer(int(pointer), int(length)) for pointer, length in zip(p, n, strict=True)]
+            for p, n in zip(pointers, lengths, strict=True)
+        ],
+    )
+
+
+def _buffer(pointer: int, length: int) -> memoryview:
+    return memoryview((ctypes.c_char * length).from_address(pointer)).cast("B")

@@ -1,0 +1,204 @@
+"""A connection between one prefill rank and one decode rank: handshake, a reader and a writer thread.
+
+Decides nothing about transfers: frames go to a `Handler`. Guarantees: hellos and layouts were exchanged and
+compared before the first other frame; a silent peer is found within PING_S * MISSED; `Handler.lost` is called
+exactly once.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cache_service.core.errors import PrfaasError, RemoteProtocolError
+from prfaas_sglang.core.framing import (
+    FrameType,
+    Header,
+    decode_reason,
+    encode_reason,
+)
+from prfaas_sglang.core.layout import Hello, Layout, decode_hello, differences, encode_hello, to_json
+from prfaas_sglang.transfer.wire import Buffer, ConnectionLost, Wire
+
+logger = logging.getLogger(__name__)
+
+PING_S = 5.0
+MISSED = 3
+HANDSHAKE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who this side is.
+
+    Attributes:
+        role: "prefill" or "decode".
+        site, worker: names for logs and metrics.
+        rank: attention tensor-parallel rank.
+        layout: pools' layout.
+    """
+
+    role: str
+    site: str
+    worker: str
+    rank: int
+    layout: Layout
+
+    def hello(self) -> bytes:
+        """Return this side's HELLO payload."""
+        return encode_hello(Hello(self.role, self.site, self.worker, self.rank, to_json(self.layout)))
+
+
+class LayoutMismatch(RemoteProtocolError):
+    """The peer's pools are laid out differently: no KV may move between the two."""
+
+    reason = "layout"
+
+
+class Handler(Protocol):
+    """What a channel's owner does with its frames; called on the reader thread."""
+
+    def frame(self, channel: Channel, header: Header) -> None:
+        """Handle one frame; must consume its payload from `channel.wire`."""
+
+    def lost(self, channel: Channel, error: PrfaasError) -> None:
+        """The channel ended; called once."""
+
+
+def exchange_hellos(wire: Wire, identity: Identity) -> Hello:
+    """Send our hello, read and judge the peer's.
+
+    Raises LayoutMismatch or RemoteProtocolError (after telling the peer why), ConnectionLost.
+    """
+    wire.send(FrameType.HELLO, 0, [identity.hello()])
+    header = wire.read_header(HANDSHAKE_S)
+    if header is None:
+        raise ConnectionLost(f"no hello within {HANDSHAKE_S:.0f} s")
+    if header.type is FrameType.ABORT:
+        raise RemoteProtocolError(
+            f"peer refused: {decode_reason(wire.read_payload(header))}", reason="refused"
+        )
+    if header.type is not FrameType.HELLO:
+        raise RemoteProtocolError(f"{header.type.name} before HELLO", reason="handshake")
+    try:
+        hello = decode_hello(wire.read_payload(header))
+        if hello.role == identity.role:
+            raise RemoteProtocolError(f"hello.role: both sides are {hello.role}", reason="role")
+        if hello.rank != identity.rank:
+            raise RemoteProtocolError(
+                f"hello.rank: {hello.rank}, this is rank {identity.rank}", reason="rank"
+            )
+        found = differences(identity.layout, hello.layout)
+        if found:
+            raise LayoutMismatch("layouts differ: " + "; ".join(found[:4]))
+    except RemoteProtocolError as error:
+        wire.send(FrameType.ABORT, 0, [encode_reason(str(error))])
+        raise
+    return hello
+
+
+class Channel:
+    """One live connection after its handshake.
+
+    Args:
+        wire: the connected wire, hellos exchanged.
+        peer: what the peer said of itself.
+        handler: gets the frames.
+    """
+
+    def __init__(self, wire: Wire, peer: Hello, handler: Handler) -> None:
+        self.wire = wire
+        self.peer = peer
+        self._handler = handler
+        self._outbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._over = threading.Event()
+        self._error: PrfaasError | None = None
+        self._error_lock = threading.Lock()
+        name = f"prfaas-{peer.worker}"
+        self._reader = threading.Thread(target=self._read_loop, name=name + "-in", daemon=True)
+        self._writer = threading.Thread(target=self._write_loop, name=name + "-out", daemon=True)
+
+    def start(self) -> None:
+        """Start both threads."""
+        self._writer.start()
+        self._reader.start()
+
+    def post(self, kind: FrameType, transfer: int, parts: Sequence[Buffer] = ()) -> None:
+        """Send a frame from the writer thread, in order; returns at once."""
+        self._outbox.put(lambda: self._send(kind, transfer, parts))
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Run `job` on the writer thread, in order (it may send on the wire); returns at once."""
+        self._outbox.put(job)
+
+    def fail(self, error: PrfaasError) -> None:
+        """End the channel for a reason; idempotent, the first reason counts."""
+        with self._error_lock:
+            if self._error is None:
+                self._error = error
+        self.wire.close()
+        self._outbox.put(None)
+
+    def close(self) -> None:
+        """End the channel in peace."""
+        self.fail(ConnectionLost("closed by this side"))
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the end of the channel."""
+        self._over.wait(timeout_s)
+
+    # --- threads ---
+
+    def _send(self, kind: FrameType, transfer: int, parts: Sequence[Buffer]) -> None:
+        self.wire.send(kind, transfer, parts)
+
+    def _write_loop(self) -> None:
+        while (job := self._outbox.get()) is not None:
+            try:
+                job()
+            except PrfaasError as error:
+                self.fail(error)
+                return
+
+    def _read_loop(self) -> None:
+        try:
+            self._read_frames()
+        except PrfaasError as error:
+            self.fail(error)
+        except Exception as error:
+            # a bug in a handler must end this connection, not the process
+            logger.exception("channel_reader_failed")
+            self.fail(RemoteProtocolError(f"internal: {error}", reason="internal"))
+        self._writer.join()
+        self.wire.release()
+        self._over.set()
+        self._handler.lost(self, self._error or ConnectionLost("ended"))
+
+    def _read_frames(self) -> None:
+        missed = 0
+        while True:
+            header = self.wire.read_header(PING_S)
+            if header is None:
+                missed += 1
+                if missed >= MISSED:
+                    raise ConnectionLost(f"peer silent for {PING_S * MISSED:.0f} s")
+                self.post(FrameType.PING, 0)
+                continue
+            missed = 0
+            match header.type:
+                case FrameType.PING:
+                    self.wire.read_payload(header)
+                    self.post(FrameType.PONG, 0)
+                case FrameType.PONG:
+                    self.wire.read_payload(header)
+                case FrameType.HELLO:
+                    raise RemoteProtocolError("second HELLO", reason="handshake")
+                case FrameType.ABORT if header.transfer == 0:
+                    reason = decode_reason(self.wire.read_payload(header))
+                    raise RemoteProtocolError(f"peer refused: {reason}", reason="refused")
+                case _:
+                    self._handler.frame(self, header)

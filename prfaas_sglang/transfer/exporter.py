@@ -1,0 +1,291 @@
+"""Prefill's shell: listens, takes grants, sends chunks.
+
+Calls from the scheduler thread (`send`, `abort`, `release`) only put work on queues; sockets are touched by
+each channel's own threads. Rows are read straight from pool memory: the caller keeps the pages until
+`on_done` or `on_failed`.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from cache_service.core.errors import PrfaasError, RemoteProtocolError, TransferError
+from prfaas_sglang.core.framing import (
+    FrameType,
+    Grant,
+    Header,
+    decode_grant,
+    decode_reason,
+    decode_total,
+    encode_data,
+    encode_reason,
+    encode_total,
+)
+from prfaas_sglang.core.plan import DEFAULT_FRAME_BYTES, Piece
+from prfaas_sglang.core.session import ExportSession
+from prfaas_sglang.transfer.channel import Channel, Identity, exchange_hellos
+from prfaas_sglang.transfer.memory import RowMemory
+from prfaas_sglang.transfer.telemetry import Telemetry, TransferRecord
+from prfaas_sglang.transfer.wire import ConnectionLost, Wire, tune
+
+logger = logging.getLogger(__name__)
+
+#: Decode workers connected at once, and grants waiting for their request: bounds against a broken peer.
+MAX_CHANNELS = 256
+MAX_GRANTS = 4096
+
+
+@dataclass(slots=True)
+class Export:
+    """One granted transfer.
+
+    `dead` is set before the pages go back to the engine; the writer thread looks at it between frames.
+    """
+
+    channel: Channel
+    transfer: int
+    session: ExportSession
+    since_s: float
+    dead: bool = False
+    committed: bool = False
+
+
+class Exporter:
+    """The sending side of one prefill rank.
+
+    Args:
+        identity: who we are and our layout.
+        memory: pool rows to read.
+        telemetry: where ended transfers are recorded.
+        on_grant: (room, grant), a decode worker is ready to receive.
+        on_done: (room), decode has verified every byte.
+        on_failed: (room, reason).
+        frame_bytes: bound of one frame's row bytes.
+    Callbacks run on channel threads and must not block.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        memory: RowMemory,
+        telemetry: Telemetry,
+        *,
+        on_grant: Callable[[int, Grant], None],
+        on_done: Callable[[int], None],
+        on_failed: Callable[[int, str], None],
+        frame_bytes: int = DEFAULT_FRAME_BYTES,
+    ) -> None:
+        self._frame_bytes = frame_bytes
+        self._identity = identity
+        self._memory = memory
+        self._telemetry = telemetry
+        self._on_grant = on_grant
+        self._on_done = on_done
+        self._on_failed = on_failed
+        self._lock = threading.Lock()
+        self._exports: dict[int, Export] = {}  # by room
+        self._channels: set[Channel] = set()
+        self._listener: socket.socket | None = None
+        self._closed = False
+
+    def listen(self, host: str, port: int) -> int:
+        """Bind and accept in the background; return the port (useful for port 0).
+
+        Raises OSError when the address is taken.
+        """
+        listener = socket.create_server((host, port), backlog=64)
+        self._listener = listener
+        threading.Thread(
+            target=self._accept_loop, args=(listener,), name="prfaas-accept", daemon=True
+        ).start()
+        return int(listener.getsockname()[1])
+
+    # --- called by the engine's scheduler thread ---
+
+    def grant(self, room: int) -> Grant | None:
+        """Return the grant that is there for a room, if any."""
+        with self._lock:
+            export = self._exports.get(room)
+            return export.session.grant if export is not None and not export.dead else None
+
+    def send(
+        self,
+        room: int,
+        pages: Sequence[int],
+        *,
+        states: Sequence[Sequence[int] | None] | None = None,
+        aux_row: int | None = None,
+        last: bool = False,
+    ) -> None:
+        """Queue the next chunk of a room (arguments as ExportSession.chunk).
+
+        Raises TransferError when the room has no live grant, LocalProtocolError when the grant does not
+        cover the chunk.
+        """
+        with self._lock:
+            export = self._exports.get(room)
+        if export is None or export.dead:
+            raise TransferError("the decode worker is gone", reason="no_grant")
+        pieces = export.session.chunk(pages, states=states, aux_row=aux_row, last=last)
+        export.channel.run(lambda: self._send_pieces(export, pieces, last))
+
+    def abort(self, room: int, reason: str) -> None:
+        """Give a room up and tell decode; its pages may be reused at once."""
+        export = self._end(room, "failed", reason)
+        if export is not None:
+            export.channel.post(FrameType.ABORT, export.transfer, [encode_reason(reason)])
+
+    def close(self) -> None:
+        """Stop listening and end every channel."""
+        self._closed = True
+        if self._listener is not None:
+            try:
+                self._listener.shutdown(socket.SHUT_RDWR)
+            except OSError as error:
+                logger.debug("listener_shutdown %s", error)
+            self._listener.close()
+        with self._lock:
+            channels = list(self._channels)
+        for channel in channels:
+            channel.close()
+        for channel in channels:
+            channel.join(5.0)
+
+    # --- writer thread ---
+
+    def _send_pieces(self, export: Export, pieces: Iterator[Piece], last: bool) -> None:
+        wire = export.channel.wire
+        for piece in pieces:
+            if export.dead:
+                return
+            views = self._memory.views(piece.data.component, piece.data.tensor, piece.rows)
+            wire.send(FrameType.DATA, export.transfer, [encode_data(piece.data), *views])
+        if last and not export.dead:
+            export.committed = True
+            wire.send(FrameType.COMMIT, export.transfer, [encode_total(export.session.total_bytes)])
+
+    # --- reader thread ---
+
+    def frame(self, channel: Channel, header: Header) -> None:
+        """Handle a frame from decode (see channel.Handler)."""
+        payload = channel.wire.read_payload(header)
+        match header.type:
+            case FrameType.GRANT:
+                self._granted(channel, header.transfer, decode_grant(payload))
+            case FrameType.DONE:
+                self._done(channel, header.transfer, decode_total(payload))
+            case FrameType.ABORT:
+                export = self._find(channel, header.transfer)
+                if export is not None:
+                    reason = f"decode gave up: {decode_reason(payload)}"
+                    self._end(export.session.grant.room, "failed", reason, notify=True)
+            case _:
+                raise RemoteProtocolError(f"{header.type.name} from a decode worker", reason="direction")
+
+    def lost(self, channel: Channel, error: PrfaasError) -> None:
+        """Fail every room of a lost channel (see channel.Handler)."""
+        with self._lock:
+            self._channels.discard(channel)
+            rooms = [room for room, e in self._exports.items() if e.channel is channel]
+        self._telemetry.connected(-1)
+        if isinstance(error, RemoteProtocolError):
+            self._telemetry.refused(error.reason)
+        if not self._closed:
+            logger.warning(
+                "decode_worker_lost worker=%s rooms=%d reason=%s", channel.peer.worker, len(rooms), error
+            )
+        for room in rooms:
+            self._end(room, "failed", f"connection to decode worker lost: {error}", notify=True)
+
+    def _granted(self, channel: Channel, transfer: int, grant: Grant) -> None:
+        layout = self._identity.layout
+        if transfer == 0 or len(grant.state_rows) != len(layout.states):
+            raise RemoteProtocolError("grant: does not fit the layout", reason="grant")
+        export = Export(channel, transfer, ExportSession(layout, grant, self._frame_bytes), time.monotonic())
+        with self._lock:
+            taken = grant.room in self._exports or len(self._exports) >= MAX_GRANTS
+            if not taken:
+                self._exports[grant.room] = export
+        if taken:
+            channel.post(FrameType.ABORT, transfer, [encode_reason("room is in use, or too many grants")])
+            return
+        self._on_grant(grant.room, grant)
+
+    def _done(self, channel: Channel, transfer: int, total_bytes: int) -> None:
+        export = self._find(channel, transfer)
+        if export is None:
+            return  # ended here meanwhile
+        if not export.committed or total_bytes != export.session.total_bytes:
+            raise RemoteProtocolError("done: before the end, or of other bytes", reason="done")
+        room = export.session.grant.room
+        if self._end(room, "done", "") is not None:
+            self._on_done(room)
+
+    def _find(self, channel: Channel, transfer: int) -> Export | None:
+        with self._lock:
+            for export in self._exports.values():
+                if export.channel is channel and export.transfer == transfer:
+                    return export
+        return None
+
+    def _end(self, room: int, outcome: str, reason: str, *, notify: bool = False) -> Export | None:
+        with self._lock:
+            export = self._exports.pop(room, None)
+        if export is None:
+            return None
+        export.dead = True
+        self._telemetry.record(
+            TransferRecord(
+                room=room,
+                role="send",
+                peer_site=export.channel.peer.site,
+                outcome=outcome,
+                bytes=export.session.total_bytes,
+                pages=export.session.grant.pages,
+                seconds=time.monotonic() - export.since_s,
+                reason=reason,
+            )
+        )
+        if notify:
+            self._on_failed(room, reason)
+        return export
+
+    # --- accepting ---
+
+    def _accept_loop(self, listener: socket.socket) -> None:
+        while not self._closed:
+            try:
+                sock, address = listener.accept()
+            except OSError as error:
+                if self._closed:
+                    return
+                logger.warning("accept_failed %s", error)
+                continue
+            threading.Thread(
+                target=self._welcome, args=(sock, address), name="prfaas-welcome", daemon=True
+            ).start()
+
+    def _welcome(self, sock: socket.socket, address: object) -> None:
+        tune(sock)
+        wire = Wire(sock)
+        try:
+            with self._lock:
+                if len(self._channels) >= MAX_CHANNELS:
+                    raise ConnectionLost(f"{MAX_CHANNELS} decode workers are connected")
+            peer = exchange_hellos(wire, self._identity)
+        except PrfaasError as error:
+            logger.warning("peer_refused address=%s reason=%s", address, error)
+            self._telemetry.refused(error.reason)
+            wire.release()
+            return
+        channel = Channel(wire, peer, self)
+        with self._lock:
+            self._channels.add(channel)
+        self._telemetry.connected(+1)
+        logger.info("decode_worker_connected worker=%s site=%s", peer.worker, peer.site)
+        channel.start()

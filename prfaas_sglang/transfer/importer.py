@@ -1,0 +1,350 @@
+"""Decode's shell: dials prefill workers, grants pages, writes what arrives into the pools.
+
+Decode dials (the prefill site needs one open port and nothing of the decode site), so a NAT or firewall in
+front of decode does not matter. A transfer that was aborted is never written again: every write happens under
+the transfer's lock, and the lock is never held while waiting for the network.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import xxhash
+
+from cache_service.core.errors import IntegrityError, PrfaasError, RemoteProtocolError
+from prfaas_sglang.core.framing import (
+    DATA_BYTES,
+    Data,
+    FrameType,
+    Grant,
+    Header,
+    decode_data,
+    decode_reason,
+    decode_total,
+    encode_grant,
+    encode_reason,
+    encode_total,
+)
+from prfaas_sglang.core.session import ImportSession
+from prfaas_sglang.transfer.channel import Channel, Identity, exchange_hellos
+from prfaas_sglang.transfer.memory import RowMemory
+from prfaas_sglang.transfer.telemetry import Telemetry, TransferRecord
+from prfaas_sglang.transfer.wire import ConnectionLost, Wire, tune
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 5.0
+CONNECT_ATTEMPTS = 3
+_SCRATCH_BYTES = 256 << 10
+
+Address = tuple[str, int]
+
+
+@dataclass(slots=True)
+class Import:
+    """One transfer being received. `alive` changes, and rows are written, only under `lock`."""
+
+    room: int
+    transfer: int
+    session: ImportSession
+    grant: Grant
+    since_s: float
+    alive: bool = True
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(slots=True)
+class _Peer:
+    """A prefill worker: its channel once connected, and what waits for it."""
+
+    address: Address
+    channel: Channel | None = None
+    dialing: bool = False
+    imports: dict[int, Import] = field(default_factory=dict)
+
+
+class Importer:
+    """The receiving side of one decode rank.
+
+    Args:
+        identity: who we are and our layout.
+        memory: pool rows to write.
+        telemetry: where ended transfers are recorded.
+        on_progress: (room), the first rows arrived.
+        on_done: (room), every granted row is in the pools, verified.
+        on_failed: (room, reason).
+    Callbacks run on channel threads and must not block.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        memory: RowMemory,
+        telemetry: Telemetry,
+        *,
+        on_progress: Callable[[int], None],
+        on_done: Callable[[int], None],
+        on_failed: Callable[[int, str], None],
+    ) -> None:
+        self._identity = identity
+        self._memory = memory
+        self._telemetry = telemetry
+        self._on_progress = on_progress
+        self._on_done = on_done
+        self._on_failed = on_failed
+        self._lock = threading.Lock()
+        self._peers: dict[Address, _Peer] = {}
+        self._by_room: dict[int, tuple[_Peer, Import]] = {}
+        self._numbers = itertools.count(1)
+        self._closed = False
+
+    # --- called by the engine's scheduler thread ---
+
+    def connect(self, address: Address) -> None:
+        """Start dialing a prefill worker if it is not connected; returns at once."""
+        with self._lock:
+            self._peer(address)
+
+    def begin(
+        self,
+        room: int,
+        address: Address,
+        pages: Sequence[int],
+        *,
+        states: Sequence[Sequence[int]],
+        aux_row: int,
+        prefix_tokens: int,
+    ) -> None:
+        """Grant rows to the prefill worker at `address` and expect them; returns at once.
+
+        Args:
+            room: bootstrap room.
+            pages: our page numbers for the prompt after the held prefix.
+            states: our rows per state component, in the layout's order.
+            aux_row: our metadata row.
+            prefix_tokens: tokens of the prompt that are held already.
+        """
+        grant = Grant(room, len(pages), prefix_tokens, tuple(len(s) for s in states))
+        session = ImportSession(self._identity.layout, pages, states, aux_row)
+        item = Import(room, next(self._numbers), session, grant, time.monotonic())
+        with self._lock:
+            peer = self._peer(address)
+            peer.imports[item.transfer] = item
+            self._by_room[room] = (peer, item)
+            channel = peer.channel
+        if channel is not None:
+            channel.post(FrameType.GRANT, item.transfer, [encode_grant(grant)])
+
+    def abort(self, room: int, reason: str) -> None:
+        """Stop receiving a room and tell prefill. After this returns its rows are not written any more."""
+        with self._lock:
+            found = self._by_room.get(room)
+        if found is None:
+            return
+        peer, item = found
+        if self._end(peer, item, "failed", reason) and peer.channel is not None:
+            peer.channel.post(FrameType.ABORT, item.transfer, [encode_reason(reason)])
+
+    def close(self) -> None:
+        """End every channel."""
+        self._closed = True
+        with self._lock:
+            channels = [p.channel for p in self._peers.values() if p.channel is not None]
+        for channel in channels:
+            channel.close()
+        for channel in channels:
+            channel.join(5.0)
+
+    # --- dialing ---
+
+    def _peer(self, address: Address) -> _Peer:
+        peer = self._peers.setdefault(address, _Peer(address))
+        if peer.channel is None and not peer.dialing and not self._closed:
+            peer.dialing = True
+            name = f"prfaas-dial-{address[0]}:{address[1]}"
+            threading.Thread(target=self._dial, args=(peer,), name=name, daemon=True).start()
+        return peer
+
+    def _dial(self, peer: _Peer) -> None:
+        try:
+            channel = self._dial_once(peer)
+        except PrfaasError as error:
+            logger.warning("prefill_worker_unreachable address=%s:%d reason=%s", *peer.address, error)
+            self._telemetry.refused(error.reason)
+            with self._lock:
+                peer.dialing = False
+                items = list(peer.imports.values())
+            self._fail_all(peer, items, str(error))
+            return
+        self._telemetry.connected(+1)
+        logger.info("prefill_worker_connected worker=%s site=%s", channel.peer.worker, channel.peer.site)
+        with self._lock:
+            peer.dialing = False
+            peer.channel = channel
+            for item in peer.imports.values():
+                channel.post(FrameType.GRANT, item.transfer, [encode_grant(item.grant)])
+        channel.start()
+
+    def _dial_once(self, peer: _Peer) -> Channel:
+        host, port = peer.address
+        pause = threading.Event()
+        for attempt in itertools.count(1):
+            try:
+                sock = socket.create_connection(peer.address, timeout=CONNECT_TIMEOUT_S)
+                break
+            except OSError as error:
+                if attempt >= CONNECT_ATTEMPTS or self._closed:
+                    raise ConnectionLost(f"cannot reach prefill worker {host}:{port}: {error}") from error
+                pause.wait(0.2 * 2**attempt)
+        tune(sock)
+        wire = Wire(sock)
+        try:
+            return Channel(wire, exchange_hellos(wire, self._identity), _PeerHandler(self, peer))
+        except PrfaasError:
+            wire.release()
+            raise
+
+    # --- reader thread ---
+
+    def frame(self, peer: _Peer, channel: Channel, header: Header) -> None:
+        """Handle a frame from prefill."""
+        with self._lock:
+            item = peer.imports.get(header.transfer)
+        if header.type is FrameType.DATA:
+            self._data(peer, channel, header, item)
+            return
+        payload = channel.wire.read_payload(header)
+        match header.type:
+            case FrameType.COMMIT:
+                if item is not None:
+                    item.session.commit(decode_total(payload))
+                    self._finish_if_complete(peer, channel, item)
+            case FrameType.ABORT:
+                if item is not None and self._end(peer, item, "failed", decode_reason(payload)):
+                    self._on_failed(item.room, f"prefill gave up: {decode_reason(payload)}")
+            case _:
+                raise RemoteProtocolError(f"{header.type.name} from a prefill worker", reason="direction")
+
+    def _data(self, peer: _Peer, channel: Channel, header: Header, item: Import | None) -> None:
+        wire = channel.wire
+        if header.length <= DATA_BYTES:
+            raise RemoteProtocolError("data: no rows", reason="length")
+        head = wire.read_exact(DATA_BYTES)
+        left = header.length - DATA_BYTES
+        if item is None:
+            self._discard(wire, left)  # aborted by us while this was on its way
+            return
+        data = decode_data(head)
+        rows = item.session.place(data, left)
+        views = self._memory.views(data.component, data.tensor, rows)
+        if not self._scatter(wire, item, list(views), left):
+            return
+        digest = xxhash.xxh3_64(head)
+        for view in views:
+            digest.update(view)
+        if digest.intdigest() != header.checksum:
+            self._corrupt(peer, channel, item, data)
+            return
+        if item.session.received_bytes == 0:
+            self._on_progress(item.room)
+        item.session.arrived(data)
+        self._finish_if_complete(peer, channel, item)
+
+    def _scatter(self, wire: Wire, item: Import, views: list[memoryview], left: int) -> bool:
+        """Receive `left` bytes into `views`; False when the transfer died meanwhile (bytes discarded)."""
+        while left:
+            with item.lock:
+                if not item.alive:
+                    break
+                count = wire.read_ready(views)
+            left -= count
+            while views and count >= len(views[0]):
+                count -= len(views.pop(0))
+            if count:
+                views[0] = views[0][count:]
+            if left:
+                wire.wait_readable()
+        if left:
+            self._discard(wire, left)
+            return False
+        return True
+
+    @staticmethod
+    def _discard(wire: Wire, left: int) -> None:
+        scratch = memoryview(bytearray(min(left, _SCRATCH_BYTES)))
+        while left:
+            left -= wire.read_some([scratch[: min(left, len(scratch))]])
+
+    def _corrupt(self, peer: _Peer, channel: Channel, item: Import, data: Data) -> None:
+        error = IntegrityError(f"checksum mismatch in component {data.component} tensor {data.tensor}")
+        if self._end(peer, item, "failed", str(error)):
+            channel.post(FrameType.ABORT, item.transfer, [encode_reason(str(error))])
+            self._on_failed(item.room, str(error))
+
+    def _finish_if_complete(self, peer: _Peer, channel: Channel, item: Import) -> None:
+        if item.session.complete and self._end(peer, item, "done", ""):
+            channel.post(FrameType.DONE, item.transfer, [encode_total(item.session.received_bytes)])
+            self._on_done(item.room)
+
+    def lost(self, peer: _Peer, channel: Channel, error: PrfaasError) -> None:
+        """Fail every transfer of a lost channel; the next grant dials again."""
+        self._telemetry.connected(-1)
+        if isinstance(error, RemoteProtocolError):
+            self._telemetry.refused(error.reason)
+        with self._lock:
+            peer.channel = None
+            items = list(peer.imports.values())
+        if not self._closed:
+            logger.warning(
+                "prefill_worker_lost worker=%s transfers=%d reason=%s", channel.peer.worker, len(items), error
+            )
+        self._fail_all(peer, items, f"connection to prefill worker lost: {error}")
+
+    def _fail_all(self, peer: _Peer, items: list[Import], reason: str) -> None:
+        for item in items:
+            if self._end(peer, item, "failed", reason):
+                self._on_failed(item.room, reason)
+
+    def _end(self, peer: _Peer, item: Import, outcome: str, reason: str) -> bool:
+        """End a transfer once; True for the call that did."""
+        with item.lock:
+            if not item.alive:
+                return False
+            item.alive = False
+        with self._lock:
+            peer.imports.pop(item.transfer, None)
+            if self._by_room.get(item.room, (None, None))[1] is item:
+                del self._by_room[item.room]
+        self._telemetry.record(
+            TransferRecord(
+                room=item.room,
+                role="receive",
+                peer_site=peer.channel.peer.site if peer.channel is not None else "unknown",
+                outcome=outcome,
+                bytes=item.session.received_bytes,
+                pages=item.grant.pages,
+                seconds=time.monotonic() - item.since_s,
+                reason=reason,
+            )
+        )
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class _PeerHandler:
+    """Frames of one prefill worker's channel, bound to that peer."""
+
+    importer: Importer
+    peer: _Peer
+
+    def frame(self, channel: Channel, header: Header) -> None:
+        self.importer.frame(self.peer, channel, header)
+
+    def lost(self, channel: Channel, error: PrfaasError) -> None:
+        self.importer.lost(self.peer, channel, error)

@@ -1,0 +1,153 @@
+"""What the transfers of this process did: the latest ones by room, and counters for Prometheus.
+
+Bounded: the log keeps the latest KEEP transfers. Threads of the transfer shells write, HTTP threads read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+logger = logging.getLogger(__name__)
+
+#: Transfers remembered for GET /transfers.
+KEEP = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class TransferRecord:
+    """One ended transfer, as seen from one side.
+
+    Attributes:
+        room: bootstrap room.
+        role: "send" (prefill) or "receive" (decode).
+        peer_site: site at the other end.
+        outcome: "done" or "failed".
+        bytes: row bytes that crossed the connection.
+        pages: KV pages granted.
+        seconds: from grant to end.
+        reason: why it failed, "" when it did not.
+    """
+
+    room: int
+    role: str
+    peer_site: str
+    outcome: str
+    bytes: int
+    pages: int
+    seconds: float
+    reason: str
+
+
+class Telemetry:
+    """Counters and the log of one worker's transfers. Thread-safe."""
+
+    def __init__(self, site: str) -> None:
+        self._lock = threading.Lock()
+        self._latest: OrderedDict[tuple[int, str], TransferRecord] = OrderedDict()
+        self.registry = CollectorRegistry()
+        labels = ("role", "src_site", "dst_site")
+        self._site = site
+        self._bytes = Counter(
+            "prfaas_transfer_bytes_total", "Row bytes moved.", labels, registry=self.registry
+        )
+        self._ended = Counter(
+            "prfaas_transfer_ended_total",
+            "Transfers by outcome.",
+            (*labels, "outcome"),
+            registry=self.registry,
+        )
+        self._seconds = Histogram(
+            "prfaas_transfer_seconds",
+            "From grant to end, successful transfers.",
+            labels,
+            registry=self.registry,
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
+        )
+        self._peers = Gauge(
+            "prfaas_transfer_connections_count", "Open data connections.", registry=self.registry
+        )
+        self._refused = Counter(
+            "prfaas_transfer_refused_peers_total",
+            "Connections closed because the peer could not be trusted.",
+            ("reason",),
+            registry=self.registry,
+        )
+
+    def record(self, record: TransferRecord) -> None:
+        """Add an ended transfer."""
+        src, dst = self._site, record.peer_site
+        if record.role == "receive":
+            src, dst = dst, src
+        self._bytes.labels(record.role, src, dst).inc(record.bytes)
+        self._ended.labels(record.role, src, dst, record.outcome).inc()
+        if record.outcome == "done":
+            self._seconds.labels(record.role, src, dst).observe(record.seconds)
+        with self._lock:
+            key = (record.room, record.role)
+            self._latest.pop(key, None)
+            self._latest[key] = record
+            while len(self._latest) > KEEP:
+                self._latest.popitem(last=False)
+
+    def connected(self, change: int) -> None:
+        """Count an opened (+1) or ended (-1) connection."""
+        self._peers.inc(change)
+
+    def refused(self, reason: str) -> None:
+        """Count a connection closed for a protocol or layout violation."""
+        self._refused.labels(reason).inc()
+
+    def transfers(self, room: int | None = None) -> list[TransferRecord]:
+        """Return the remembered transfers (of one room), oldest first."""
+        with self._lock:
+            return [r for r in self._latest.values() if room is None or r.room == room]
+
+
+def serve(telemetry: Telemetry, host: str, port: int) -> ThreadingHTTPServer:
+    """Answer GET /metrics and GET /transfers[?room=N] on host:port from a daemon thread.
+
+    Raises OSError when the address is taken.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout = 10
+
+        def do_GET(self) -> None:
+            url = urlsplit(self.path)
+            if url.path == "/metrics":
+                self._answer(200, CONTENT_TYPE_LATEST, generate_latest(telemetry.registry))
+            elif url.path == "/transfers":
+                rooms = parse_qs(url.query).get("room", [])
+                try:
+                    room = int(rooms[0]) if rooms else None
+                except ValueError:
+                    self._answer(400, "text/plain", b"room: not a whole number\n")
+                    return
+                body = {"transfers": [asdict(r) for r in telemetry.transfers(room)]}
+                self._answer(200, "application/json", json.dumps(body).encode())
+            else:
+                self._answer(404, "text/plain", b"try /metrics or /transfers?room=N\n")
+
+        def _answer(self, status: int, kind: str, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            logger.debug("telemetry_request %s", format % args)
+
+    server = ThreadingHTTPServer((host, port), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, name="prfaas-telemetry", daemon=True).start()
+    return server

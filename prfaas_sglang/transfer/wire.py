@@ -1,0 +1,172 @@
+"""One TCP connection that carries frames: exact, bounded, scatter-gather reads and writes.
+
+The socket is non-blocking and every wait is a poll with a deadline, so that one thread may read while another
+writes and `close()` wakes both. Nothing here interprets a payload.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections.abc import Sequence
+
+import xxhash
+
+from cache_service.core.errors import DeadlineExceeded, RemoteProtocolError, TransferError
+from prfaas_sglang.core.framing import (
+    HEADER_BYTES,
+    FrameType,
+    Header,
+    decode_header,
+    encode_header,
+)
+
+#: A peer that takes or gives no byte for this long in the middle of a frame is gone.
+IO_TIMEOUT_S = 20.0
+_IOV_MAX = 1024
+
+Buffer = bytes | bytearray | memoryview
+
+
+class ConnectionLost(TransferError):
+    """The connection ended; everything that rode on it fails."""
+
+    reason = "connection_lost"
+
+
+def tune(sock: socket.socket) -> None:
+    """Set the options every data connection has: no Nagle, keep-alive, bounded unacknowledged time."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(IO_TIMEOUT_S * 1000))
+
+
+class Wire:
+    """Frames over one connected socket. One reader thread and one writer thread at most.
+
+    All methods raise ConnectionLost when the peer closed or stalled, RemoteProtocolError when its bytes are
+    not this protocol.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._closed = False
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
+        self._writable = select.poll()
+        self._writable.register(sock, select.POLLOUT)
+
+    # --- writing ---
+
+    def send(self, kind: FrameType, transfer: int, parts: Sequence[Buffer] = ()) -> int:
+        """Write one frame whose payload is `parts` in order; return the payload's length in bytes."""
+        digest = xxhash.xxh3_64()
+        length = 0
+        for part in parts:
+            digest.update(part)
+            length += len(part)
+        header = encode_header(Header(kind, length, transfer, digest.intdigest()))
+        self._send_all([memoryview(header), *(memoryview(part) for part in parts)])
+        return length
+
+    def _send_all(self, views: list[memoryview]) -> None:
+        index = 0
+        while index < len(views):
+            try:
+                sent = self._sock.sendmsg(views[index : index + _IOV_MAX])
+            except BlockingIOError:
+                self._wait(self._writable, IO_TIMEOUT_S, "peer takes no data")
+                continue
+            except (OSError, ValueError) as error:
+                raise ConnectionLost(f"send: {error}") from error
+            while index < len(views) and sent >= len(views[index]):
+                sent -= len(views[index])
+                index += 1
+            if sent:
+                views[index] = views[index][sent:]
+
+    # --- reading ---
+
+    def read_header(self, timeout_s: float) -> Header | None:
+        """Return the next frame's header, or None when no byte came within `timeout_s`."""
+        try:
+            self._wait(self._readable, timeout_s, "idle")
+        except DeadlineExceeded:
+            return None
+        return decode_header(self.read_exact(HEADER_BYTES))
+
+    def read_payload(self, header: Header) -> bytes:
+        """Read and verify a control frame's payload. Raises RemoteProtocolError on a wrong checksum."""
+        payload = bytes(self.read_exact(header.length))
+        if xxhash.xxh3_64_intdigest(payload) != header.checksum:
+            raise RemoteProtocolError(f"{header.type.name}: checksum mismatch", reason="checksum")
+        return payload
+
+    def read_exact(self, length: int) -> bytearray:
+        """Read exactly `length` bytes (bounded by the header's checks)."""
+        data = bytearray(length)
+        view = memoryview(data)
+        while len(view):
+            view = view[self.read_some([view]) :]
+        return data
+
+    def wait_readable(self) -> None:
+        """Block until bytes (or the end) are there. Raises ConnectionLost after IO_TIMEOUT_S."""
+        try:
+            self._wait(self._readable, IO_TIMEOUT_S, "peer sends no data")
+        except DeadlineExceeded as error:
+            raise ConnectionLost(str(error)) from error
+
+    def read_some(self, views: Sequence[memoryview]) -> int:
+        """Read at least one byte into `views`, waiting for it; return how many."""
+        while True:
+            count = self.read_ready(views)
+            if count:
+                return count
+            self.wait_readable()
+
+    def read_ready(self, views: Sequence[memoryview]) -> int:
+        """Read what is there into `views` without waiting; 0 when nothing is."""
+        try:
+            count = self._sock.recvmsg_into(views[:_IOV_MAX])[0]
+        except BlockingIOError:
+            return 0
+        except (OSError, ValueError) as error:
+            raise ConnectionLost(f"receive: {error}") from error
+        if count == 0:
+            raise ConnectionLost("the peer closed the connection")
+        return count
+
+    # --- life ---
+
+    def _wait(self, poller: select.poll, timeout_s: float, what: str) -> None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            if self._closed:
+                raise ConnectionLost("closed")
+            left = deadline - time.monotonic()
+            if poller.poll(max(0.0, left) * 1000):
+                return
+            if left <= 0:
+                error = f"{what} for {timeout_s:.0f} s"
+                if poller is self._writable:
+                    raise ConnectionLost(error)
+                raise DeadlineExceeded(error)
+
+    def close(self) -> None:
+        """End the connection in both directions; wakes a thread that waits on it. Idempotent."""
+        self._closed = True
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # not connected any more
+
+    def release(self) -> None:
+        """Free the descriptor, once both threads have left."""
+        self.close()
+        self._sock.close()
