@@ -125,11 +125,11 @@ def test_duplicate_rows_and_double_commit_are_refused() -> None:
 def test_export_refuses_what_the_grant_does_not_cover() -> None:
     """Too many pages, too few at the end, missing state or metadata row: our engine's fault, said so."""
     cases = [
-        (dict(pages=[1, 2, 3]), "granted"),
-        (dict(pages=[1], states=[[0]], aux_row=0, last=True), "ended after 1 pages"),
-        (dict(pages=[1, 2], states=[[0]], aux_row=None, last=True), "metadata"),
-        (dict(pages=[1, 2], states=[], aux_row=0, last=True), "state components"),
-        (dict(pages=[1, 2], states=[[0, 1]], aux_row=0, last=True), "rows of state mamba"),
+        ({"pages": [1, 2, 3]}, "granted"),
+        ({"pages": [1], "states": [[0]], "aux_row": 0, "last": True}, "ended after 1 pages"),
+        ({"pages": [1, 2], "states": [[0]], "aux_row": None, "last": True}, "metadata"),
+        ({"pages": [1, 2], "states": [], "aux_row": 0, "last": True}, "state components"),
+        ({"pages": [1, 2], "states": [[0, 1]], "aux_row": 0, "last": True}, "rows of state mamba"),
     ]
     for arguments, message in cases:
         session = ExportSession(LAYOUT, Grant(1, 2, 0, (1,)))
