@@ -38,7 +38,7 @@ say "1/4 torch (CPU build where one is offered)"
 pip install --constraint "$lock" torch==2.13.0 torchvision==0.28.0 triton==3.7.1
 say "2/4 libraries of the engine and of this project"
 grep -vE '^(#|sglang==|mooncake-|openai|anthropic==|apache-tvm-ffi==|xgrammar==|torch|triton==)' "$lock" > .venv/libraries.txt
-pip install --requirement .venv/libraries.txt
+pip install setuptools==84.2.1 --requirement .venv/libraries.txt
 # These name CUDA packages as requirements; their needs are in the lock already.
 say "3/4 SGLang 0.5.21 and the Mooncake transfer engine (the stock peer)"
 grep -E '^(sglang==|mooncake-|openai|anthropic==|apache-tvm-ffi==|xgrammar==)' "$lock" > .venv/no-deps.txt
