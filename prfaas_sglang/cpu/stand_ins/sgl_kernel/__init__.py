@@ -8,6 +8,7 @@ This folder is put on sys.path by `prfaas_sglang.cpu.activate` inside CPU worker
 """
 
 import torch
+
 from sgl_kernel import linear_attention, small_ops
 
 __version__ = "0.0.0+prfaas.cpu"

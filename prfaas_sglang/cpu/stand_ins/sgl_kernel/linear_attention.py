@@ -208,9 +208,7 @@ def fused_sigmoid_gating_delta_rule_update_cpu(
     if is_kda or initial_state_indices.shape[0] != batch:
         raise NotImplementedError("fused_sigmoid_gating_delta_rule_update_cpu: GDN, one token per sequence")
     q_, k_ = _prepare_queries(q[0], k[0], value_heads, scale, use_qk_l2norm_in_kernel)
-    gate = F.softplus(
-        a.view(batch, value_heads).float() + dt_bias.float(), softplus_beta, softplus_threshold
-    )
+    gate = F.softplus(a.view(batch, value_heads).float() + dt_bias.float(), softplus_beta, softplus_threshold)
     decay = (-A_log.float().exp() * gate).exp()
     beta = b.view(batch, value_heads).float().sigmoid()
     valid = initial_state_indices >= 0

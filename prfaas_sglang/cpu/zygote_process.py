@@ -1,0 +1,223 @@
+"""The fork server itself: imports everything a CPU worker needs, then forks one child per request.
+
+Single-threaded until it forks (OMP_NUM_THREADS=1, no tokenizer or gRPC threads), because only the forking
+thread survives in a child. In a worker SGLang's `spawn` of scheduler and detokenizer becomes `fork`, so they
+inherit the imports and the replaced functions too. A worker dies with this process, this process with the
+launcher (parent-death signal, and end of file on the control socket).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import Any, NoReturn
+
+from prfaas_sglang.cpu import environment
+
+PR_SET_PDEATHSIG = 1
+
+#: What the three processes of a server import.
+PRELOADED = (
+    "sglang.srt.entrypoints.http_server",
+    "sglang.srt.managers.scheduler",
+    "sglang.srt.managers.detokenizer_manager",
+    "sglang.srt.disaggregation.prefill",
+    "sglang.srt.disaggregation.decode",
+    "sglang.srt.disaggregation.kv_events",
+    "sglang.srt.layers.attention.torch_native_backend",
+    "sglang.srt.layers.attention.hybrid_linear_attn_backend",
+    "sglang.launch_server",
+    "prfaas_sglang.engine.backend",
+    "prfaas_sglang.cpu.hooks",
+)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for SIGKILL when the parent ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def preload() -> None:
+    """Import and hook everything; raises what an import raises."""
+    environment.activate()
+    from prfaas_sglang.engine.compat import require_supported_engine
+
+    require_supported_engine()
+    for name in PRELOADED:
+        importlib.import_module(name)
+    from prfaas_sglang.cpu import hooks
+
+    hooks.install()
+    _import_models()
+    gc.collect()
+    gc.freeze()
+
+
+def _import_models() -> None:
+    """Import the model classes of the supported families, as the registry would on first use."""
+    for name in ("qwen3", "qwen3_5", "qwen3_next", "gemma3_causal"):
+        importlib.import_module(f"sglang.srt.models.{name}")
+
+
+def fork_instead_of_spawn() -> None:
+    """Make multiprocessing fork in this process, whatever start method is asked for."""
+    import multiprocessing
+    from multiprocessing import context
+
+    multiprocessing.set_start_method("fork", force=True)
+    fork = multiprocessing.get_context("fork")
+
+    def get_context(method: str | None = None) -> Any:
+        return fork
+
+    def set_start_method(method: str | None, force: bool = False) -> None:
+        """SGLang asks for spawn; forking is this process's purpose."""
+
+    multiprocessing.get_context = get_context  # type: ignore[assignment]
+    multiprocessing.set_start_method = set_start_method
+    context.DefaultContext.get_context = lambda self, method=None: fork  # type: ignore[method-assign]
+
+
+def run_worker(request: dict[str, Any], inherited: list[int]) -> NoReturn:
+    """Become the worker of `request`; never returns."""
+    status = 1
+    try:
+        os.setsid()
+        die_with_parent()
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        for descriptor in inherited:
+            os.close(descriptor)
+        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        os.environ.update(request["env"])
+        fork_instead_of_spawn()
+        serve(request["name"], request["argv"])
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+        if end.code is not None and not isinstance(end.code, int):
+            sys.stderr.write(f"{end.code}\n")
+    except BaseException:  # noqa: BLE001 - the top of a process: report and exit
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def serve(name: str, argv: list[str]) -> None:
+    """Run SGLang's server as its own command line would."""
+    import setproctitle
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    setproctitle.setproctitle(f"prfaas::{name}")
+    sys.argv = ["sglang.launch_server", *argv]
+    load_plugins()
+    try:
+        run_server(prepare_server_args(argv))
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+class Server:
+    """The loop: requests in, forks and exit statuses out."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+        os.set_blocking(self._wake_read, False)
+        self._workers: set[int] = set()
+
+    def run(self) -> None:
+        """Serve until the launcher goes."""
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        poller = select.poll()
+        poller.register(self._control, select.POLLIN)
+        poller.register(self._wake_read, select.POLLIN)
+        pending = b""
+        while True:
+            for descriptor, _ in poller.poll():
+                if descriptor == self._wake_read:
+                    os.read(self._wake_read, 4096)
+                    self._reap()
+                    continue
+                data = self._control.recv(65536)
+                if not data:
+                    return
+                *lines, pending = (pending + data).split(b"\n")
+                for line in lines:
+                    self._spawn(json.loads(line)["spawn"])
+
+    def kill_workers(self) -> None:
+        """End every worker's process group."""
+        for pid in self._workers:
+            try:
+                os.killpg(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+    def _spawn(self, request: dict[str, Any]) -> None:
+        if threading.active_count() != 1:
+            names = ", ".join(thread.name for thread in threading.enumerate())
+            self.say(failed=request["name"], error=f"the fork server has threads: {names}")
+            return
+        try:
+            pid = os.fork()
+        except OSError as error:
+            self.say(failed=request["name"], error=str(error))
+            return
+        if pid == 0:
+            run_worker(request, [self._control.fileno(), self._wake_read, self._wake_write])
+        self._workers.add(pid)
+        self.say(spawned=request["name"], pid=pid)
+
+    def _reap(self) -> None:
+        for pid in list(self._workers):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                self._workers.discard(pid)
+                self.say(exited=pid, status=os.waitstatus_to_exitcode(status))
+
+    def say(self, **message: object) -> None:
+        """Tell the launcher; it may be gone, then the loop ends on its own."""
+        try:
+            self._control.sendall(json.dumps(message).encode() + b"\n")
+        except OSError as error:
+            sys.stderr.write(f"zygote: launcher is gone: {error}\n")
+
+
+def main() -> None:
+    """Run the fork server on the control socket whose descriptor is the only argument."""
+    started = time.monotonic()
+    die_with_parent()
+    control = socket.socket(fileno=int(sys.argv[1]))
+    preload()
+    server = Server(control)
+    server.say(ready=time.monotonic() - started)
+    try:
+        server.run()
+    finally:
+        server.kill_workers()
+
+
+if __name__ == "__main__":
+    main()
