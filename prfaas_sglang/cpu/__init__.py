@@ -1,1 +1,1 @@
-"""Real SGLang on a machine without a GPU: torch kernels, hooks, tiny models, and a fork server for workers."""
+"""Real SGLang on a machine without a GPU: torch kernels, hooks, tiny models, a fork server for workers."""

@@ -68,6 +68,11 @@ def activate() -> None:
     os.environ.update({k: v for k, v in worker_environment().items() if k not in os.environ})
     if importlib.util.find_spec("sgl_kernel") is None:
         sys.path.insert(0, str(STAND_INS))
+    make_torchvision_importable()
+
+
+def make_torchvision_importable() -> None:
+    """Let `import torchvision` (which transformers does) work beside a CPU-only torch. Idempotent."""
     if not any(isinstance(finder, _TorchvisionFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _TorchvisionFinder())
 
@@ -75,8 +80,8 @@ def activate() -> None:
 class _TorchvisionFinder(importlib.abc.MetaPathFinder):
     """Lets torchvision be imported beside a CPU-only torch.
 
-    Its published wheel links CUDA; the fake-tensor registrations of the operators in that library cannot load,
-    and nothing here uses them.
+    Its published wheel links CUDA; the fake-tensor registrations of the operators in that library cannot
+    load, and nothing here uses them.
     """
 
     def find_spec(

@@ -1,7 +1,8 @@
 """Launcher's side of the fork server: one process imports SGLang once and forks every CPU worker.
 
 Protocol over an inherited socket pair, one JSON object a line. To the zygote: {"spawn": {...}}. From it:
-{"ready": seconds}, {"spawned": name, "pid": n}, {"exited": pid, "status": n}, {"failed": name, "error": text}.
+{"ready": seconds}, {"spawned": name, "pid": n}, {"exited": pid, "status": n}, {"failed":
+name, "error": text}.
 End of file on either side means: stop everything. Import-light; the other side is zygote_process.py.
 """
 

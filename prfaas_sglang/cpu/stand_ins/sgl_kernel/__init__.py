@@ -1,27 +1,27 @@
 """Stand-in for the CPU build of sgl_kernel, which is not published on PyPI.
 
-SGLang's CPU engine binds names of this package at import time. The ones that the supported model families run
-are given in plain torch; every other name raises when it is called, so nothing is computed wrongly in silence.
-This folder is put on sys.path by `prfaas_sglang.cpu.activate` inside CPU workers only.
+SGLang's CPU engine binds names of this package at import time. The ones that the supported model families
+run are given in plain torch; every other name raises when it is called, so nothing is wrong in silence.
+This folder is put on sys.path by `prfaas_sglang.cpu.environment` inside CPU workers only.
 
 `convert_weight_packed` must stay undefined on torch.ops: its presence is part of SGLang's AMX test.
 """
 
 import torch
 
-from sgl_kernel import linear_attention, small_ops
+from sgl_kernel import mamba, small_ops
 
 __version__ = "0.0.0+prfaas.cpu"
 
-causal_conv1d_fn_cpu = linear_attention.causal_conv1d_fn_cpu
-causal_conv1d_update_cpu = linear_attention.causal_conv1d_update_cpu
-chunk_gated_delta_rule_cpu = linear_attention.chunk_gated_delta_rule_cpu
+causal_conv1d_fn_cpu = mamba.causal_conv1d_fn_cpu
+causal_conv1d_update_cpu = mamba.causal_conv1d_update_cpu
+chunk_gated_delta_rule_cpu = mamba.chunk_gated_delta_rule_cpu
 assign_req_to_token_pool_cpu = small_ops.assign_req_to_token_pool_cpu
 
 #: What SGLang reaches as torch.ops.sgl_kernel.NAME.
 TORCH_OPS = {
-    "fused_gdn_gating_cpu": linear_attention.fused_gdn_gating_cpu,
-    "fused_sigmoid_gating_delta_rule_update_cpu": linear_attention.fused_sigmoid_gating_delta_rule_update_cpu,
+    "fused_gdn_gating_cpu": mamba.fused_gdn_gating_cpu,
+    "fused_sigmoid_gating_delta_rule_update_cpu": mamba.fused_sigmoid_gating_delta_rule_update_cpu,
     "fused_sigmoid_mul_cpu": small_ops.fused_sigmoid_mul_cpu,
     "fused_qk_gemma_rmsnorm_cpu": small_ops.fused_qk_gemma_rmsnorm_cpu,
     "fused_qk_gemma_rmsnorm_with_gate_cpu": small_ops.fused_qk_gemma_rmsnorm_with_gate_cpu,
