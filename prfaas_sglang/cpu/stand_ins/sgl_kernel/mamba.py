@@ -25,7 +25,7 @@ def causal_conv1d_fn_cpu(
     has_initial_state=None,
     activation="silu",
     pad_slot_id=PAD_SLOT,
-    **_,
+    seq_lens_cpu=None,
 ):
     """Depthwise causal convolution of packed sequences. x: [dim, total_tokens]; returns the same shape."""
     dim, width = weight.shape
@@ -61,9 +61,7 @@ def causal_conv1d_update_cpu(
     activation=None,
     cache_seqlens=None,
     conv_state_indices=None,
-    *_,
     pad_slot_id=PAD_SLOT,
-    **__,
 ):
     """One token per sequence. x: [batch, dim]; conv_state is shifted in place."""
     if x.dim() != 2:
@@ -152,7 +150,6 @@ def chunk_gated_delta_rule_cpu(
     head_first=False,
     use_qk_l2norm_in_kernel=True,
     scale=None,
-    **_,
 ):
     """Prefill of packed sequences; q, k: [1, T, H, K], v: [1, T, HV, V]; states are updated in place.
 
@@ -200,8 +197,6 @@ def fused_sigmoid_gating_delta_rule_update_cpu(
     softplus_threshold=20.0,
     is_kda=False,
     scale=None,
-    lower_bound=None,
-    **_,
 ):
     """Decode step, one token per sequence; q, k: [1, B, H, K], v: [1, B, HV, V]; states updated in place."""
     batch, value_heads = v.shape[1], v.shape[2]

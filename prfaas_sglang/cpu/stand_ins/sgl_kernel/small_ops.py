@@ -44,10 +44,9 @@ def fused_qk_gemma_rmsnorm_with_gate_cpu(q_gate, k, q_weight, k_weight, eps, hea
     )
 
 
-def fused_qkvzba_split_reshape_cat_contiguous_cpu(
-    qkvz, ba, num_heads_qk, num_heads_v, head_qk, head_v, *_, **__
-):
+def fused_qkvzba_split_reshape_cat_contiguous_cpu(qkvz, ba, num_heads_qk, num_heads_v, head_qk, head_v):
     """Split the projections of a GDN layer; returns (qkv, z [tokens, HV, V], b, a), contiguous."""
     qkv, z = qkvz.split([2 * num_heads_qk * head_qk + num_heads_v * head_v, num_heads_v * head_v], dim=-1)
     b, a = ba.split([num_heads_v, num_heads_v], dim=-1)
-    return qkv.contiguous(), z.reshape(qkvz.shape[0], num_heads_v, head_v), b.contiguous(), a.contiguous()
+    z = z.reshape(qkvz.shape[0], num_heads_v, head_v)
+    return qkv.contiguous(), z.contiguous(), b.contiguous(), a.contiguous()
