@@ -53,6 +53,7 @@ def cpu_arguments(*, disaggregation_mode: str = "null", state_slots: int = 40) -
         "--disable-overlap-schedule",
         "--max-mamba-cache-size", str(state_slots),
         "--skip-server-warmup",
+        "--sleep-on-idle",  # idle schedulers would otherwise spin: three servers, two cores
     ]  # fmt: skip
     if disaggregation_mode == "decode":
         # the default backs up retracted requests in pinned memory
