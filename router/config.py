@@ -1,0 +1,246 @@
+"""The router's configuration file: JSON or YAML, strict, every mistake named with its path.
+
+Decides nothing at run time. Unknown keys, wrong types, duplicate or dangling names and impossible values are
+refused before a socket is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, TypeVar
+from urllib.parse import urlsplit
+
+import msgspec
+import yaml
+
+from cache_service.core.errors import ConfigError
+from cache_service.core.ids import parse_name
+from router.core.model import PolicyName
+
+T = TypeVar("T")
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of every section: unknown keys are errors."""
+
+
+class ModelConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The one model that this router serves.
+
+    Attributes:
+        name: served model name, also the index namespace.
+        path: directory with tokenizer.json and tokenizer_config.json.
+        context_length: as the workers were started with, tokens.
+        page_size: tokens per KV page of the workers.
+    """
+
+    name: str
+    path: str
+    context_length: int
+    page_size: int
+
+
+class PolicyConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Routing rule; `threshold_tokens` is read by `prfaas` only."""
+
+    name: str = "prfaas"
+    threshold_tokens: int = 0
+
+
+class WorkerConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One SGLang server. Prefill workers need the bootstrap address as decode workers reach it."""
+
+    worker_id: str
+    site: str
+    role: Literal["prefill", "decode"]
+    url: str
+    bootstrap_host: str = ""
+    bootstrap_port: int = 0
+
+
+class LinkConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Directed link between sites, `gbps` in 10^9 bit/s."""
+
+    src: str
+    dst: str
+    gbps: float
+
+
+class TimeoutConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Seconds. `first_byte_s` and `total_s` count from the arrival of the request."""
+
+    connect_s: float = 5.0
+    first_byte_s: float = 300.0
+    total_s: float = 600.0
+    index_s: float = 0.25
+    abort_s: float = 5.0
+    drain_s: float = 30.0
+
+
+class LimitConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Bounds on memory: request body, non-streamed answer, prompts being tokenised at once."""
+
+    body_bytes: int = 32 << 20
+    answer_bytes: int = 256 << 20
+    tokenizer_threads: int = 2
+
+
+class HealthConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Breaker of one worker: failures in a row that open it, cool-down in seconds."""
+
+    failures: int = 3
+    cooldown_s: float = 2.0
+    max_cooldown_s: float = 30.0
+
+
+class RouterConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The whole file.
+
+    Attributes:
+        listen: host:port of the HTTP API.
+        site: the site whose decode workers this router serves.
+        index: host:port of the cache service, None to route without an index.
+    """
+
+    listen: str
+    site: str
+    model: ModelConfig
+    workers: list[WorkerConfig]
+    policy: PolicyConfig = PolicyConfig()
+    index: str | None = None
+    links: list[LinkConfig] = []
+    timeouts: TimeoutConfig = TimeoutConfig()
+    limits: LimitConfig = LimitConfig()
+    health: HealthConfig = HealthConfig()
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+
+def load(path: Path) -> RouterConfig:
+    """Read and check a configuration file (.json, .yaml or .yml). Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    try:
+        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: is not valid JSON or YAML: {error}") from error
+    return parse(data)
+
+
+def parse(data: object) -> RouterConfig:
+    """Convert plain data to a checked configuration. Raises ConfigError with the path of the field."""
+    try:
+        config = msgspec.convert(data, RouterConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_with_path(str(error))) from error
+    _check_values(config)
+    _check_workers(config)
+    _check_links(config)
+    return config
+
+
+def split_address(text: str, *, field: str) -> tuple[str, int]:
+    """Split "host:port" or "[v6]:port". Raises ConfigError naming `field`."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise ConfigError(f"{field}: {text!r} is not host:port, such as 127.0.0.1:8000")
+    return host.strip("[]"), int(port)
+
+
+def _with_path(message: str) -> str:
+    """Turn msgspec's "Expected `int` - at `$.a[0].b`" into "a[0].b: expected `int`"."""
+    found = re.fullmatch(r"(.*) - at `(?:key in )?\$\.?(.*)`", message, re.DOTALL)
+    what, path = (found[1], found[2]) if found else (message, "")
+    return f"{path or 'configuration'}: {what[:1].lower()}{what[1:]}"
+
+
+def _check_values(config: RouterConfig) -> None:
+    split_address(config.listen, field="listen")
+    if config.index is not None:
+        split_address(config.index, field="index")
+    parse_name(config.site, field="site")
+    if not config.model.name:
+        raise ConfigError("model.name: is empty; give the served model name")
+    if config.policy.name not in list(PolicyName):
+        raise ConfigError(f"policy.name: {config.policy.name!r} is not one of {', '.join(PolicyName)}")
+    if config.policy.threshold_tokens < 0:
+        raise ConfigError(f"policy.threshold_tokens: {config.policy.threshold_tokens} is below 0")
+    _in_range("model.context_length", config.model.context_length, 2, 1 << 30)
+    _in_range("model.page_size", config.model.page_size, 1, 65536)
+    for name in ("connect_s", "first_byte_s", "total_s", "index_s", "abort_s"):
+        _in_range(f"timeouts.{name}", getattr(config.timeouts, name), 1e-3, 86400)
+    _in_range("timeouts.drain_s", config.timeouts.drain_s, 0, 86400)
+    _in_range("limits.body_bytes", config.limits.body_bytes, 1024, 1 << 30)
+    _in_range("limits.answer_bytes", config.limits.answer_bytes, 1024, 1 << 32)
+    _in_range("limits.tokenizer_threads", config.limits.tokenizer_threads, 1, 64)
+    _in_range("health.failures", config.health.failures, 1, 1000)
+    _in_range("health.cooldown_s", config.health.cooldown_s, 1e-3, 3600)
+    _in_range("health.max_cooldown_s", config.health.max_cooldown_s, config.health.cooldown_s, 3600)
+
+
+def _in_range(field: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{field}: {value} is not in {low:g}..{high:g}")
+
+
+def _check_workers(config: RouterConfig) -> None:
+    for index, worker in enumerate(config.workers):
+        field = f"workers[{index}]"
+        parse_name(worker.worker_id, field=f"{field}.worker_id")
+        parse_name(worker.site, field=f"{field}.site")
+        _check_url(worker.url, field=f"{field}.url")
+        if worker.role == "prefill":
+            if not worker.bootstrap_host:
+                raise ConfigError(f"{field}.bootstrap_host: is missing; decode workers dial it")
+            _in_range(f"{field}.bootstrap_port", worker.bootstrap_port, 1, 65535)
+    _refuse_duplicates("worker_id", ((f"workers[{i}]", w.worker_id) for i, w in enumerate(config.workers)))
+    _refuse_duplicates("url", ((f"workers[{i}]", w.url.rstrip("/")) for i, w in enumerate(config.workers)))
+    if not any(w.role == "decode" and w.site == config.site for w in config.workers):
+        raise ConfigError(f"workers: none with role decode in site {config.site!r}, which this router serves")
+    if not any(w.role == "prefill" for w in config.workers):
+        raise ConfigError("workers: none with role prefill; prefill and decode run on separate workers")
+
+
+def _check_url(url: str, *, field: str) -> None:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"{field}: {url!r} is not a URL: {error}") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise ConfigError(f"{field}: {url!r} is not http(s)://host:port")
+    if parts.query or parts.fragment or parts.username or parts.path not in ("", "/"):
+        raise ConfigError(f"{field}: {url!r} must be http(s)://host:port and nothing else")
+
+
+def _refuse_duplicates(key: str, entries: Iterable[tuple[str, str]]) -> None:
+    seen: dict[str, str] = {}
+    for field, value in entries:
+        if value in seen:
+            raise ConfigError(f"{field}.{key}: {value!r} is already used by {seen[value]}")
+        seen[value] = field
+
+
+def _check_links(config: RouterConfig) -> None:
+    sites = {worker.site for worker in config.workers} | {config.site}
+    for index, link in enumerate(config.links):
+        field = f"links[{index}]"
+        for end in ("src", "dst"):
+            site = getattr(link, end)
+            if site not in sites:
+                raise ConfigError(f"{field}.{end}: no site {site!r}; sites are {', '.join(sorted(sites))}")
+        if link.src == link.dst:
+            raise ConfigError(f"{field}: src and dst are both {link.src!r}")
+        _in_range(f"{field}.gbps", link.gbps, 1e-6, 1e6)
+    _refuse_duplicates("src", ((f"links[{i}]", f"{x.src}->{x.dst}") for i, x in enumerate(config.links)))
+    reachable = {link.src for link in config.links if link.dst == config.site} | {config.site}
+    for index, worker in enumerate(config.workers):
+        if worker.role == "prefill" and worker.site not in reachable:
+            raise ConfigError(
+                f"workers[{index}].site: there is no link from {worker.site!r} to {config.site!r}, so this "
+                "worker could never be used; add it to links"
+            )

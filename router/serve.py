@@ -1,0 +1,275 @@
+"""Serve one request: tokenise, ask the index, choose a route, try it, try another, stream the answer.
+
+Decides when to try again: as long as no byte went to the client, the deadline has not passed and a route
+without the suspected workers is left. Every attempt leaves at least one worker out of the next, so the
+number of attempts is bounded by the number of workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Mapping
+
+import msgspec
+from aiohttp import web
+
+from cache_service import logs
+from cache_service.core.errors import Unavailable
+from cache_service.core.ids import Namespace, WorkerId
+from router.config import RouterConfig
+from router.core.model import Decision, Match, Policy, PolicyName, Request
+from router.core.policy import choose
+from router.index import PrefixIndex, lookup
+from router.metrics import RouterMetrics
+from router.openai import (
+    Api,
+    ParsedRequest,
+    RequestError,
+    check_length,
+    check_model,
+    error_body,
+    error_type,
+    parse,
+)
+from router.record import Outcome, Record
+from router.tokenize import TokenizerPool
+from router.upstream import Call, Exchange, Failure, Side, StreamBroken, Upstream
+from router.workers import Booking, WorkerTable
+
+PATHS = {Api.CHAT: "/v1/chat/completions", Api.COMPLETION: "/v1/completions", Api.GENERATE: "/generate"}
+_log = logging.getLogger(__name__)
+#: Client headers that the workers get to see.
+_FORWARDED = ("Authorization", "traceparent", "tracestate")
+
+
+class Server:
+    """What the handlers share; one for each process."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        tokenizer: TokenizerPool,
+        index: PrefixIndex | None,
+        table: WorkerTable,
+        upstream: Upstream,
+        metrics: RouterMetrics,
+    ) -> None:
+        self.config = config
+        self.table = table
+        self.metrics = metrics
+        self._tokenizer = tokenizer
+        self._index = index
+        self._upstream = upstream
+        self._policy = Policy(PolicyName(config.policy.name), config.policy.threshold_tokens)
+
+    async def handle(self, http: web.Request, api: Api) -> web.StreamResponse:
+        """Answer one request; always ends in one log line."""
+        loop = asyncio.get_running_loop()
+        record = Record(api, secrets.token_hex(16), loop.time())
+        try:
+            return await self._answer(http, record)
+        except RequestError as error:
+            record.outcome = Outcome.CLIENT_ERROR
+            return self._refuse(record, error.status, str(error), code=error.code, param=error.param)
+        except web.HTTPRequestEntityTooLarge:
+            record.outcome = Outcome.CLIENT_ERROR
+            limit = self.config.limits.body_bytes
+            return self._refuse(record, 413, f"the body is larger than {limit} bytes", code="body_too_large")
+        except Unavailable as error:
+            record.outcome = Outcome.UNAVAILABLE
+            return self._refuse(record, 503, str(error), code=error.reason)
+        except (asyncio.CancelledError, ConnectionResetError):
+            record.outcome, record.status = Outcome.CLIENT_LEFT, 499
+            raise
+        except Exception as error:
+            logs.event(_log, "handler_failed", logging.ERROR, exc_info=True, request_id=record.request_id)
+            if record.status:
+                raise  # a stream has begun: all that is left is to cut it
+            return self._refuse(record, 500, f"internal error: {type(error).__name__}", code="internal")
+        finally:
+            record.finish(self.metrics, loop.time())
+
+    def _refuse(
+        self, record: Record, status: int, message: str, *, code: str | None = None, param: str | None = None
+    ) -> web.Response:
+        record.status, record.error = status, code or message
+        headers = record.headers() | ({"Retry-After": "1"} if status in (429, 503) else {})
+        return web.json_response(
+            error_body(message, error_type(status), code=code, param=param), status=status, headers=headers
+        )
+
+    async def _answer(self, http: web.Request, record: Record) -> web.StreamResponse:
+        raw = await http.read()
+        request = parse(record.api, raw)
+        record.stream = request.stream
+        check_model(request, self.config.model.name)
+        record.match = await self._match(request, record)
+        call = Call(
+            path=PATHS[record.api],
+            body=raw,
+            empty=not request.body,
+            listed=request.listed,
+            stream=request.stream,
+            headers={name: http.headers[name] for name in _FORWARDED if name in http.headers},
+        )
+        return await self._try_routes(http, call, record, record.match)
+
+    async def _match(self, request: ParsedRequest, record: Record) -> Match:
+        """Tokenise, check the length, ask the index; every prompt starts with no more than this."""
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        prompt = await self._tokenizer.prompt(request)
+        tokenized_s = loop.time()
+        self.metrics.tokenize.observe(tokenized_s - started_s)
+        record.prompt_tokens = prompt.total_tokens
+        check_length(prompt.total_tokens, self.config.model.context_length)
+        model = self.config.model
+        namespace = Namespace(
+            model=model.name, page_size=model.page_size, lora=request.lora, salt=request.salt
+        )
+        match = await lookup(self._index, namespace, prompt.hashes, prompt.total_tokens)
+        outcome = "ok" if match.available else "unavailable"
+        self.metrics.index.labels(outcome).observe(loop.time() - tokenized_s)
+        return match
+
+    async def _try_routes(
+        self, http: web.Request, call: Call, record: Record, match: Match
+    ) -> web.StreamResponse:
+        loop = asyncio.get_running_loop()
+        total_tokens = record.prompt_tokens or 1
+        excluded: set[WorkerId] = set()
+        failure: Failure | None = None
+        while True:
+            request = Request(record.request_id, total_tokens, frozenset(excluded))
+            now_s = loop.time()
+            try:
+                decision = choose(
+                    request, match, self.table.view(now_s), self.table.links, self._policy, now_s
+                )
+            except Unavailable:
+                if failure is None:
+                    raise
+                return self._give_up(record, failure)
+            if failure is not None:
+                record.retries += 1
+                self.metrics.retries.inc()
+            record.decision = decision
+            self.metrics.decisions.labels(decision.kind, decision.reason).inc()
+            booking = self.table.book(decision, total_tokens, now_s)
+            try:
+                answer = await self._attempt(http, call, record, decision, booking)
+            finally:
+                booking.release()
+            if not isinstance(answer, Failure):
+                return answer
+            failure = answer
+            self.metrics.failures.labels(failure.side, failure.kind).inc()
+            record.failures.append(f"{failure.side}:{failure.kind}:{failure.status}")
+            if failure.client_fault or loop.time() >= self._deadline(record, call):
+                return self._give_up(record, failure)
+            excluded.add(_worker(decision, failure.suspect))
+
+    def _deadline(self, record: Record, call: Call) -> float:
+        """When the first byte must have come, on the loop's clock."""
+        timeouts = self.config.timeouts
+        wait_s = min(timeouts.first_byte_s, timeouts.total_s) if call.stream else timeouts.total_s
+        return record.started_s + wait_s
+
+    def _give_up(self, record: Record, failure: Failure) -> web.Response:
+        if failure.client_fault:
+            record.outcome = Outcome.CLIENT_ERROR
+            code = "context_length_exceeded" if "context length" in failure.message else None
+        else:
+            record.outcome = Outcome.TIMEOUT if failure.status == 504 else Outcome.UPSTREAM_ERROR
+            code = f"{failure.side}_{failure.kind}"
+        return self._refuse(record, failure.status, failure.message, code=code)
+
+    async def _attempt(
+        self, http: web.Request, call: Call, record: Record, decision: Decision, booking: Booking
+    ) -> web.StreamResponse | Failure:
+        """Try one route; a Failure means that the client has not got a byte."""
+        loop = asyncio.get_running_loop()
+        breakers = self.table.breakers
+        prefill, decode = decision.prefill.worker_id, decision.decode.worker_id
+        record.room = secrets.randbits(63)
+        exchange = Exchange(
+            self._upstream,
+            call,
+            prefill=self.table.config(prefill),
+            decode=self.table.config(decode),
+            room=record.room,
+            rid=secrets.token_hex(16) if record.retries else record.request_id,
+            prefilled=booking.release_prefill,
+        )
+        finished = False
+        settled = False
+        try:
+            failure = await exchange.start(self._deadline(record, call))
+            settled = True
+            if failure is None:
+                breakers.succeeded(prefill)
+                breakers.succeeded(decode)
+                response = await self._pass_on(http, call, record, exchange)
+                finished = record.outcome is Outcome.OK
+                return response
+            for side, worker_id in ((Side.PREFILL, prefill), (Side.DECODE, decode)):
+                if failure.certain and side is failure.suspect:
+                    breakers.failed(worker_id, loop.time())
+                elif failure.client_fault and side is failure.side:
+                    breakers.succeeded(worker_id)
+                else:
+                    breakers.abandoned(worker_id, loop.time())
+            return failure
+        finally:
+            if not settled:
+                breakers.abandoned(prefill, loop.time())
+                breakers.abandoned(decode, loop.time())
+            record.facts = exchange.facts()
+            if finished:
+                exchange.close()
+            else:
+                exchange.abandon()
+
+    async def _pass_on(
+        self, http: web.Request, call: Call, record: Record, exchange: Exchange
+    ) -> web.StreamResponse:
+        """Send decode's answer to the client, byte for byte; sets the outcome."""
+        loop = asyncio.get_running_loop()
+        headers = record.headers() | {"Content-Type": exchange.content_type}
+        record.status = 200
+        if not call.stream:
+            body = b"".join([chunk async for chunk in exchange.chunks()])
+            record.ttft_s, record.outcome = loop.time() - record.started_s, Outcome.OK
+            return web.Response(body=body, headers=headers)
+        response = web.StreamResponse(headers=headers | {"Cache-Control": "no-cache"})
+        await response.prepare(http)
+        try:
+            async with asyncio.timeout_at(record.started_s + self.config.timeouts.total_s):
+                async for chunk in exchange.chunks():
+                    await response.write(chunk)
+                    if record.ttft_s is None:
+                        record.ttft_s = loop.time() - record.started_s
+            record.outcome = Outcome.OK
+            if (error := exchange.late_error()) is not None:
+                record.outcome, record.error = Outcome.STREAM_BROKEN, error.message
+        except StreamBroken as error:
+            record.outcome, record.error = Outcome.STREAM_BROKEN, str(error)
+            await response.write(_error_event(502, "the decode worker broke off the stream", "stream_broken"))
+        except TimeoutError:
+            record.outcome, record.error = Outcome.TIMEOUT, "total_s"
+            await response.write(_error_event(504, "the request took longer than allowed", "timeout"))
+        await response.write_eof()
+        return response
+
+
+def _worker(decision: Decision, side: Side) -> WorkerId:
+    return decision.prefill.worker_id if side is Side.PREFILL else decision.decode.worker_id
+
+
+def _error_event(status: int, message: str, code: str) -> bytes:
+    """Return a stream event with an error; the blank line before it ends an event that was cut off."""
+    body: Mapping[str, object] = error_body(message, error_type(status), code=code)
+    return b"\n\ndata: " + msgspec.json.encode(body) + b"\n\n"
