@@ -184,7 +184,8 @@ def _check_values(config: RouterConfig) -> None:
 
 def _in_range(field: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise ConfigError(f"{field}: {value} is not in {low:g}..{high:g}")
+        shown = [f"{number:g}" if isinstance(number, float) else str(number) for number in (value, low, high)]
+        raise ConfigError(f"{field}: {shown[0]} is not in {shown[1]}..{shown[2]}")
 
 
 def _check_workers(config: RouterConfig) -> None:
