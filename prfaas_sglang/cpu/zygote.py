@@ -1,8 +1,8 @@
 """Launcher's side of the fork server: one process imports SGLang once and forks every CPU worker.
 
-Protocol over an inherited socket pair, one JSON object a line. To the zygote: {"spawn": {...}}. From it:
-{"ready": seconds}, {"spawned": name, "pid": n}, {"exited": pid, "status": n}, {"failed":
-name, "error": text}.
+Protocol over an inherited socket pair, one JSON object a line. To the zygote: {"spawn": {...}}.
+From it: {"ready": seconds}, {"spawned": name, "pid": n}, {"failed": name, "error": text},
+{"exited": pid, "status": n}.
 End of file on either side means: stop everything. Import-light; the other side is zygote_process.py.
 """
 
@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from cache_service.core.errors import DeadlineExceeded, Unavailable
 from prfaas_sglang.cpu.environment import worker_environment
 
 LOG_TAIL_LINES = 20
+KILL_TIMEOUT_S = 5.0
 
 
 class ZygoteDied(Unavailable):
@@ -117,29 +117,38 @@ class Zygote:
             self._changed.wait_for(lambda: self._dead or pid in self._exited, timeout_s)
         return self.poll(pid)
 
-    def kill(self, pid: int, number: int = signal.SIGTERM) -> None:
-        """Signal a worker's process group; nothing happens when it has ended."""
+    def terminate(self, pid: int) -> None:
+        """Ask a worker to drain and end, which SGLang does within 5 s; nothing happens when it has ended.
+
+        The signal goes to the server process alone: SGLang takes a signalled scheduler for a crash.
+        """
         if self.poll(pid) is None:
-            _signal_group(pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    def kill(self, pid: int) -> None:
+        """End a worker's whole process group now; nothing happens when it has ended."""
+        if self.poll(pid) is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """Stop every worker (SIGTERM, then SIGKILL), then the fork server. Idempotent."""
+        """Stop every worker (`terminate`, after `timeout_s` `kill`), then the fork server. Idempotent."""
         with self._changed:
             running = set(self._running)
-        for pid in running:
-            _signal_group(pid, signal.SIGTERM)
-        deadline = time.monotonic() + timeout_s
+        for pid in running if timeout_s > 0 else ():
+            self.terminate(pid)
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._dead or not self._running, max(0.0, deadline - time.monotonic())
-            )
+            self._changed.wait_for(lambda: self._dead or not self._running, timeout_s)
             running = set(self._running)
         for pid in running:
-            _signal_group(pid, signal.SIGKILL)
+            self.kill(pid)
+        with self._changed:
+            self._changed.wait_for(lambda: self._dead or not self._running, KILL_TIMEOUT_S)
         with contextlib.suppress(OSError):  # it may be gone already
             self._control.shutdown(socket.SHUT_RDWR)
         try:
-            self._process.wait(max(1.0, deadline - time.monotonic()))
+            self._process.wait(KILL_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -181,8 +190,3 @@ class Zygote:
                     self._running.discard(pid)
                     self._exited[pid] = status
             self._changed.notify_all()
-
-
-def _signal_group(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it may have ended in between
-        os.killpg(pid, number)

@@ -2,8 +2,12 @@
 
 Single-threaded until it forks (OMP_NUM_THREADS=1, no tokenizer or gRPC threads), because only the forking
 thread survives in a child. In a worker SGLang's `spawn` of scheduler and detokenizer becomes `fork`, so they
-inherit the imports and the replaced functions too. A worker dies with this process, this process with the
-launcher (parent-death signal, and end of file on the control socket).
+inherit the imports and the replaced functions too.
+
+Nothing outlives its parent: this process ends with the launcher (end of file on the control socket, or a
+new parent; not the parent-death signal, which comes when the *thread* that forked ends), a worker with this
+process, scheduler and detokenizer with their worker (prctl(2), PR_SET_PDEATHSIG). What SGLang reads from the
+environment while it is imported is the same for all workers; the rest is each worker's own.
 """
 
 from __future__ import annotations
@@ -17,14 +21,18 @@ import select
 import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 from typing import Any, NoReturn
 
+import numpy
+
 from prfaas_sglang.cpu import environment
 
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+#: How often the loop looks whether the launcher still lives, beside the control socket's end of file.
+PARENT_CHECK_MS = 1000
 
 #: What the three processes of a server import.
 PRELOADED = (
@@ -42,9 +50,23 @@ PRELOADED = (
 )
 
 
-def die_with_parent() -> None:
-    """Ask the kernel for SIGKILL when the parent ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+def prctl(option: int, value: int) -> None:
+    """Set a process attribute. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option})")
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel for SIGKILL when the parent ends; end at once when it has ended already."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def thread_count() -> int:
+    """Return how many threads this process has, native ones included."""
+    return len(os.listdir("/proc/self/task"))
 
 
 def preload() -> None:
@@ -70,30 +92,32 @@ def _import_models() -> None:
 
 
 def fork_instead_of_spawn() -> None:
-    """Make multiprocessing fork in this process, whatever start method is asked for."""
-    import multiprocessing
+    """Make every start method of multiprocessing fork in this process; SGLang asks for spawn.
+
+    Children start like spawned ones: without this process's signal handlers, and bound to its life.
+    """
     from multiprocessing import context
 
-    multiprocessing.set_start_method("fork", force=True)
-    fork = multiprocessing.get_context("fork")
+    forking: list[int] = []
 
-    def get_context(method: str | None = None) -> Any:
-        return fork
+    def in_child() -> None:
+        die_with_parent(forking[-1])
+        for number in (signal.SIGQUIT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
 
-    def set_start_method(method: str | None, force: bool = False) -> None:
-        """SGLang asks for spawn; forking is this process's purpose."""
+    os.register_at_fork(before=lambda: forking.append(os.getpid()), after_in_child=in_child)
+    fork = context.ForkContext()
+    for method in ("spawn", "forkserver"):
+        context._concrete_contexts[method] = fork  # type: ignore[attr-defined]
+    context._default_context.set_start_method("fork", force=True)
 
-    multiprocessing.get_context = get_context  # type: ignore[assignment]
-    multiprocessing.set_start_method = set_start_method
-    context.DefaultContext.get_context = lambda self, method=None: fork  # type: ignore[method-assign]
 
-
-def run_worker(request: dict[str, Any], inherited: list[int]) -> NoReturn:
+def run_worker(request: dict[str, Any], parent: int, inherited: list[int]) -> NoReturn:
     """Become the worker of `request`; never returns."""
     status = 1
     try:
+        die_with_parent(parent)
         os.setsid()
-        die_with_parent()
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
@@ -103,7 +127,9 @@ def run_worker(request: dict[str, Any], inherited: list[int]) -> NoReturn:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         os.environ.update(request["env"])
+        numpy.random.seed()  # the one generator that does not notice the fork
         fork_instead_of_spawn()
         serve(request["name"], request["argv"])
         status = 0
@@ -145,6 +171,7 @@ class Server:
         os.set_blocking(self._wake_write, False)
         os.set_blocking(self._wake_read, False)
         self._workers: set[int] = set()
+        self._parent = os.getppid()
 
     def run(self) -> None:
         """Serve until the launcher goes."""
@@ -154,8 +181,8 @@ class Server:
         poller.register(self._control, select.POLLIN)
         poller.register(self._wake_read, select.POLLIN)
         pending = b""
-        while True:
-            for descriptor, _ in poller.poll():
+        while os.getppid() == self._parent:
+            for descriptor, _ in poller.poll(PARENT_CHECK_MS):
                 if descriptor == self._wake_read:
                     os.read(self._wake_read, 4096)
                     self._reap()
@@ -176,24 +203,29 @@ class Server:
                 continue
 
     def _spawn(self, request: dict[str, Any]) -> None:
-        if threading.active_count() != 1:
-            names = ", ".join(thread.name for thread in threading.enumerate())
-            self.say(failed=request["name"], error=f"the fork server has threads: {names}")
+        if (threads := thread_count()) != 1:
+            self.say(failed=request["name"], error=f"the fork server has {threads} threads")
             return
+        parent = os.getpid()
         try:
             pid = os.fork()
         except OSError as error:
             self.say(failed=request["name"], error=str(error))
             return
         if pid == 0:
-            run_worker(request, [self._control.fileno(), self._wake_read, self._wake_write])
+            run_worker(request, parent, [self._control.fileno(), self._wake_read, self._wake_write])
         self._workers.add(pid)
         self.say(spawned=request["name"], pid=pid)
 
     def _reap(self) -> None:
-        for pid in list(self._workers):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid in self._workers:  # others are what a dead worker left behind
                 self._workers.discard(pid)
                 self.say(exited=pid, status=os.waitstatus_to_exitcode(status))
 
@@ -208,7 +240,7 @@ class Server:
 def main() -> None:
     """Run the fork server on the control socket whose descriptor is the only argument."""
     started = time.monotonic()
-    die_with_parent()
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
     control = socket.socket(fileno=int(sys.argv[1]))
     preload()
     server = Server(control)
