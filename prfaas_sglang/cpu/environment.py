@@ -32,6 +32,9 @@ def worker_environment() -> dict[str, str]:
         "TRANSFORMERS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": "1",
+        # a crash ends the server at once: no stack dumps, no minute of waiting for a GPU core dump
+        "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",
+        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
         "SGLANG_HOST_IP": "127.0.0.1",
         "SGLANG_LOCAL_IP_NIC": "lo",
     }
