@@ -1,0 +1,113 @@
+"""The metrics of a cache service, declared once on an injected registry.
+
+Names are `prfaas_index_<what>_<unit>[_total]`; labels come from closed sets (site, outcome, kind), never ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from cache_service.core.index import Applied, IndexCounts
+
+#: A match takes microseconds in the core and some hundreds through gRPC.
+_MATCH_BUCKETS_S = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)
+
+
+class Happening(Enum):
+    """What can become of a batch, and what can befall an event stream: the closed set of label `kind`."""
+
+    APPLIED = "applied"  # batch applied, live or replayed
+    REPLAYED = "replayed"  # of those, from a replay
+    DUPLICATE = "duplicate"  # batch seen before
+    DEFERRED = "deferred"  # live batch left to the replay that is owed
+    GARBAGE = "garbage"  # frames or payload that are no batch
+    UNEXPLAINED = "unexplained"  # a batch out of order that a replay does not have
+    REFUSED_EVENT = "refused_event"  # an event that cannot be true, inside a usable batch
+    GAP = "gap"  # batches missed, replay asked
+    LOST = "lost"  # batches beyond the replay ring: the worker's blocks dropped
+    EPOCH = "epoch"  # the worker began a new life: its blocks dropped
+    REPLAY_FAILED = "replay_failed"  # no usable answer to a replay request in time
+    DISCONNECTED = "disconnected"  # connection lost: blocks kept, not offered
+    LEASE = "lease"  # connection lost for too long: its blocks dropped
+
+
+class IndexMetrics:
+    """Counters and gauges of one service."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self._matches = Counter(
+            "prfaas_index_match_requests_total", "Match calls", ["outcome"], registry=registry
+        )
+        self._match_seconds = Histogram(
+            "prfaas_index_match_seconds",
+            "Time inside the service per Match call",
+            buckets=_MATCH_BUCKETS_S,
+            registry=registry,
+        )
+        self._queried = Counter("prfaas_index_queried_blocks_total", "Blocks asked about", registry=registry)
+        self._matched = Counter(
+            "prfaas_index_matched_blocks_total",
+            "Blocks of the deepest holder in each answer",
+            registry=registry,
+        )
+        self._ingest = Counter(
+            "prfaas_index_ingest_total",
+            "Batches and incidents of the workers' event streams",
+            ["site", "kind"],
+            registry=registry,
+        )
+        self._changes = Counter(
+            "prfaas_index_block_changes_total",
+            "Block entries that events stored, removed or left unchanged; blocks refused for their parent",
+            ["site", "kind"],
+            registry=registry,
+        )
+        self._sources = Gauge(
+            "prfaas_index_sources_count", "Event streams by state", ["site", "state"], registry=registry
+        )
+
+    def match(self, outcome: str, seconds: float, queried_blocks: int, matched_blocks: int) -> None:
+        """Count one Match call; `outcome` is ok, invalid or unknown_namespace."""
+        self._matches.labels(outcome).inc()
+        self._match_seconds.observe(seconds)
+        self._queried.inc(queried_blocks)
+        self._matched.inc(matched_blocks)
+
+    def happened(self, site: str, kind: Happening) -> None:
+        """Count one batch or incident."""
+        self._ingest.labels(site, kind.value).inc()
+
+    def applied(self, site: str, applied: Applied) -> None:
+        """Count what one event changed."""
+        for kind in ("stored", "removed", "unchanged", "conflicts"):
+            if number := getattr(applied, kind):
+                self._changes.labels(site, kind).inc(number)
+
+    def source_state(self, site: str, before: str | None, after: str | None) -> None:
+        """Move one event stream from a state to another; None is outside."""
+        if before is not None:
+            self._sources.labels(site, before).dec()
+        if after is not None:
+            self._sources.labels(site, after).inc()
+
+    def observe_index(self, counts: Callable[[], IndexCounts], revision: Callable[[], int]) -> None:
+        """Publish the sizes of the index, read when scraped."""
+        for name, text, read in (
+            ("blocks_count", "Distinct blocks", lambda: counts().blocks),
+            ("entries_count", "(block, holder, tier) entries", lambda: counts().entries),
+            ("orphans_count", "Blocks held without their parent", lambda: counts().orphans),
+            ("revision_count", "Changes of the index in this life of the service", revision),
+        ):
+            Gauge(f"prfaas_index_{name}", text, registry=self.registry).set_function(read)
+
+    def observe_log(self, log_bytes: Callable[[], int], segments: Callable[[], int]) -> None:
+        """Publish the size of the delta log above its snapshot, read when scraped."""
+        for name, text, read in (
+            ("log_bytes", "Delta log above its last snapshot", log_bytes),
+            ("log_segments_count", "Segments of the delta log above its last snapshot", segments),
+        ):
+            Gauge(f"prfaas_index_{name}", text, registry=self.registry).set_function(read)

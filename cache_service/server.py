@@ -1,0 +1,198 @@
+"""The cache service's gRPC side, and the process around it: decode, ask the core, encode.
+
+Decides how an error becomes a gRPC status (one table, `_STATUS`) and in which order things start and stop. It
+must not decide what matches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import grpc
+import zmq.asyncio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
+
+from cache_service import logs
+from cache_service.config import CacheConfig, split_listen
+from cache_service.core.errors import ConfigError, PrfaasError, RemoteProtocolError
+from cache_service.core.ids import SiteId
+from cache_service.http import HttpSide
+from cache_service.ingest import SourceStream
+from cache_service.metrics import IndexMetrics
+from cache_service.state import IndexState, UnknownNamespace
+from cache_service.store import DeltaLog, InProcessLog
+from cache_service.wire import cache_pb2_grpc, codec
+
+log = logging.getLogger(__name__)
+
+SERVICE = "prfaas.cache.v1.PrefixIndex"
+_GRACE_S = 1.0
+_STATUS: dict[type[PrfaasError], tuple[grpc.StatusCode, str]] = {
+    RemoteProtocolError: (grpc.StatusCode.INVALID_ARGUMENT, "invalid"),
+    UnknownNamespace: (grpc.StatusCode.NOT_FOUND, "unknown_namespace"),
+}
+#: so_reuseport off: a second service on the same port fails instead of sharing its connections.
+_OPTIONS = [
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", codec.MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", codec.MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", 16 * 1024),
+]
+
+
+class PrefixIndexService(cache_pb2_grpc.PrefixIndexServicer):
+    """The RPCs of cache.proto."""
+
+    def __init__(self, state: IndexState, stats: Callable[[], codec.Stats]) -> None:
+        self._state = state
+        self._stats = stats
+
+    async def Match(self, request: Any, context: Any) -> Any:
+        """Answer which workers hold how much of a prompt's prefix."""
+        started_s = time.perf_counter()
+        try:
+            query = codec.decode_query(request)
+            holders = self._state.answer(query)
+        except (RemoteProtocolError, UnknownNamespace) as error:
+            status, outcome = _STATUS[type(error)]
+            self._state.metrics.match(outcome, time.perf_counter() - started_s, 0, 0)
+            await context.abort(status, str(error))
+        matched = holders[0].matched_tokens // self._state.namespace.page_size if holders else 0
+        response = codec.encode_result(holders, self._state.index.revision)
+        self._state.metrics.match("ok", time.perf_counter() - started_s, len(query.hashes), matched)
+        return response
+
+    async def Stats(self, request: Any, context: Any) -> Any:
+        """Answer what the index holds and how each stream is doing."""
+        return codec.encode_stats(self._stats())
+
+
+class CacheServer:
+    """Everything of one cache service process; `start`, then `stop`."""
+
+    def __init__(self, config: CacheConfig, log_store: DeltaLog | None = None) -> None:
+        self._config = config
+        self._registry = CollectorRegistry()
+        self.state = IndexState(
+            config.key(), config.sites(), log_store or InProcessLog(), IndexMetrics(self._registry)
+        )
+        self._streams: list[SourceStream] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: grpc.aio.Server | None = None
+        self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._context: zmq.asyncio.Context | None = None
+        self._http: HttpSide | None = None
+        #: Whether a task of ours ended by itself.
+        self.failed = False
+        self._on_failure: Callable[[], None] = lambda: None
+        self.port = 0
+        self.metrics_port: int | None = None
+
+    async def start(self) -> None:
+        """Listen, then follow the workers. Raises ConfigError when an address cannot be had; then `stop`."""
+        self._server = self._grpc_server()
+        if self._config.metrics_listen is not None:
+            host, port = split_listen(self._config.metrics_listen, field="metrics_listen")
+            self._http = await HttpSide.listen(host, port, self._registry, self.health)
+            self.metrics_port = self._http.port
+        self._context = zmq.asyncio.Context()
+        for worker in self._config.workers:
+            stream = SourceStream(self._context, worker, self._config.ingest, self.state)
+            self._streams.append(stream)
+            self._spawn(stream.run(), f"stream {worker.worker_id}/{worker.dp_rank}")
+        self._spawn(self._flush_log(), "delta log")
+        await self._server.start()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self) -> None:
+        """Say not serving, let calls finish, stop following; also after a `start` that failed half-way."""
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        if self._server is not None:
+            await self._server.stop(_GRACE_S)
+        if self._http is not None:
+            await self._http.stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._context is not None:
+            self._context.destroy(linger=0)
+
+    def _grpc_server(self) -> grpc.aio.Server:
+        server = grpc.aio.server(options=_OPTIONS)
+        service = PrefixIndexService(self.state, self.stats)
+        cache_pb2_grpc.add_PrefixIndexServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        host, port = split_listen(self._config.listen, field="listen")
+        try:
+            self.port = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        except RuntimeError as error:
+            raise ConfigError(
+                f"listen: cannot listen on {self._config.listen}: the port is in use, or no address of ours"
+            ) from error
+        return server
+
+    def on_failure(self, call: Callable[[], None]) -> None:
+        """Call when a task of ours has ended by itself."""
+        self._on_failure = call
+
+    def stats(self) -> codec.Stats:
+        """Return the sizes and the state of every stream."""
+        return codec.Stats(
+            site=SiteId(self._config.site),
+            namespace=self.state.namespace,
+            counts=self.state.index.counts(),
+            revision=self.state.index.revision,
+            log_bytes=self.state.writer.log_bytes,
+            log_segments=self.state.writer.log_segments,
+            sources=tuple(stream.stats() for stream in self._streams),
+        )
+
+    def health(self) -> dict[str, object]:
+        """Return the body of GET /health: serving, and the stream states by worker."""
+        return {
+            "status": "ok",
+            "site": self._config.site,
+            "revision": self.state.index.revision,
+            "sources": [
+                {
+                    "worker_id": stats.source.worker_id,
+                    "dp_rank": stats.source.dp_rank,
+                    "site": stats.site,
+                    "state": stats.state.name.lower(),
+                }
+                for stats in (stream.stats() for stream in self._streams)
+            ],
+        }
+
+    async def _flush_log(self) -> None:
+        while True:
+            try:
+                await self.state.writer.flush()
+            except PrfaasError:
+                logs.event(log, "delta_log_failed", logging.WARNING, exc_info=True)
+            await asyncio.sleep(self._config.log_flush_s)
+
+    async def _set_health(self, status: int) -> None:
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A task that ends by itself is our bug: end the process loudly, do not serve a frozen index."""
+        if task.cancelled() or self.failed:
+            return
+        self.failed = True
+        logs.event(log, "task_failed", logging.CRITICAL, task=task.get_name(), problem=repr(task.exception()))
+        self._on_failure()

@@ -1,0 +1,235 @@
+"""The delta log: how a service's index reaches its replicas.
+
+Decides the contract that every store keeps (in-process here; etcd and a peer stream later) and how the
+service feeds it. It must not know what a segment says: it keeps bytes in order.
+
+The contract, which `tests/unit/cache_service/test_store.py` runs against every implementation:
+* One log per (site, namespace), one writer. `begin` starts a writer's life: a higher epoch, an empty log, and
+  every earlier writer is fenced: its `append` and `snapshot` raise LocalProtocolError, reason "fenced".
+* Positions grow by one per segment within an epoch. `snapshot(payload, at)` says "`payload` replaces
+  everything up to and including `at`"; the log below may be deleted.
+* `watch(after)` yields what follows `after`, for ever. When that is gone (compacted, or of an earlier
+  epoch) it yields a Snapshot first, and the reader starts over from it; a reader that has kept up never
+  sees one.
+* A log of more than `max_segments` refuses to grow (reason "log_full"): snapshot first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from cache_service.core import delta
+from cache_service.core.delta import Change
+from cache_service.core.errors import LocalProtocolError
+from cache_service.core.index import PrefixIndex
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class LogPosition:
+    """A place in a log: `seq` 0 is the start of the epoch, before its first segment."""
+
+    epoch: int
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The changes after position `seq - 1`."""
+
+    position: LogPosition
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything up to and including `position`; a reader forgets what it had. b"" says nothing is there."""
+
+    position: LogPosition
+    payload: bytes
+
+
+LogEntry = Segment | Snapshot
+
+
+class DeltaLog(Protocol):
+    """One site's log of one namespace."""
+
+    async def begin(self) -> LogPosition:
+        """Start a new writer's life and return the start of its epoch."""
+
+    async def append(self, epoch: int, payload: bytes) -> LogPosition:
+        """Add a segment and return its position. Raises LocalProtocolError when fenced or full."""
+
+    async def snapshot(self, at: LogPosition, payload: bytes) -> None:
+        """Replace everything up to `at`. Raises LocalProtocolError when fenced or `at` is not in the log."""
+
+    def watch(self, after: LogPosition | None) -> AsyncIterator[LogEntry]:
+        """Yield what follows `after` (None: everything), for ever."""
+
+
+class InProcessLog:
+    """A delta log in memory: one machine, and tests."""
+
+    def __init__(self, *, max_segments: int = 4096) -> None:
+        self._max_segments = max_segments
+        self._snapshot = Snapshot(LogPosition(0, 0), b"")
+        self._segments: deque[Segment] = deque()
+        self._changed = asyncio.Condition()
+
+    @property
+    def end(self) -> LogPosition:
+        """The position of the last segment or, without one, of the snapshot."""
+        return self._segments[-1].position if self._segments else self._snapshot.position
+
+    async def begin(self) -> LogPosition:
+        """Start a new writer's life."""
+        async with self._changed:
+            self._snapshot = Snapshot(LogPosition(self.end.epoch + 1, 0), b"")
+            self._segments.clear()
+            self._changed.notify_all()
+            return self._snapshot.position
+
+    async def append(self, epoch: int, payload: bytes) -> LogPosition:
+        """Add a segment."""
+        async with self._changed:
+            self._fence(epoch)
+            if len(self._segments) >= self._max_segments:
+                raise LocalProtocolError(
+                    f"the log holds {self._max_segments} segments; snapshot it first", reason="log_full"
+                )
+            position = LogPosition(epoch, self.end.seq + 1)
+            self._segments.append(Segment(position, payload))
+            self._changed.notify_all()
+            return position
+
+    async def snapshot(self, at: LogPosition, payload: bytes) -> None:
+        """Replace everything up to `at`."""
+        async with self._changed:
+            self._fence(at.epoch)
+            if not self._snapshot.position <= at <= self.end:
+                raise LocalProtocolError(
+                    f"snapshot at {at}, but the log ends at {self.end}", reason="position"
+                )
+            self._snapshot = Snapshot(at, payload)
+            while self._segments and self._segments[0].position <= at:
+                self._segments.popleft()
+            self._changed.notify_all()
+
+    async def watch(self, after: LogPosition | None) -> AsyncIterator[LogEntry]:
+        """Yield what follows `after`; a slow reader holds nothing back, it gets a snapshot."""
+        while True:
+            entry = self._next(after)
+            if entry is None:
+                async with self._changed:
+                    await self._changed.wait_for(lambda at=after: self._next(at) is not None)  # type: ignore[misc]
+                continue
+            yield entry
+            after = entry.position
+
+    def _next(self, after: LogPosition | None) -> LogEntry | None:
+        """Return the entry that follows `after`: O(1), positions in the log are consecutive."""
+        base = self._snapshot.position
+        if after is None or after.epoch != base.epoch or not base <= after <= self.end:
+            return self._snapshot
+        offset = after.seq - base.seq
+        return self._segments[offset] if offset < len(self._segments) else None
+
+    def _fence(self, epoch: int) -> None:
+        if epoch != self.end.epoch:
+            raise LocalProtocolError(
+                f"epoch {epoch} is over; the log is in {self.end.epoch}", reason="fenced"
+            )
+
+
+class LogWriter:
+    """Feeds one log with an index's changes: collects them, appends them, snapshots when the log has grown.
+
+    `add` is called with every change the index has taken, at once; `flush` by a timer, one at a time. What
+    waits is bounded: past `max_pending_blocks`, or after a failed append, the next flush starts a new epoch
+    whose first segment is the whole index, so that no reader can miss what was dropped.
+    """
+
+    def __init__(
+        self,
+        log: DeltaLog,
+        index: PrefixIndex,
+        *,
+        max_pending_blocks: int = 1 << 20,
+        snapshot_bytes: int = 1 << 20,
+        snapshot_segments: int = 2048,
+    ) -> None:
+        self._log = log
+        self._index = index
+        self._max_pending_blocks = max_pending_blocks
+        self._snapshot_bytes = snapshot_bytes
+        self._snapshot_segments = snapshot_segments
+        self._epoch: int | None = None
+        self._pending: list[Change] = []
+        self._pending_blocks = 0
+        self._last_snapshot_bytes = 0
+        #: Bytes and segments of the log above its last snapshot.
+        self.log_bytes = 0
+        self.log_segments = 0
+
+    def add(self, change: Change) -> None:
+        """Note a change that the index has taken."""
+        self._pending_blocks += 1 + len(getattr(change[1], "hashes", ()))
+        if self._pending_blocks > self._max_pending_blocks:
+            self._start_over()
+        if self._epoch is not None:
+            self._pending.append(change)
+
+    async def flush(self) -> None:
+        """Append what waits; snapshot when the log outweighs the index it describes."""
+        if self._epoch is None:
+            await self._begin()
+        elif self._pending:
+            await self._append(self._epoch)
+
+    async def _begin(self) -> None:
+        # The dump and the emptied `_pending` are one instant: no await between them.
+        start = await self._log.begin()
+        self._epoch = start.epoch
+        self._pending, self._pending_blocks = list(self._index.dump()), 0
+        self.log_bytes = self.log_segments = self._last_snapshot_bytes = 0
+        if self._pending:
+            await self._append(start.epoch)
+
+    async def _append(self, epoch: int) -> None:
+        payload = delta.encode(self._pending)
+        self._pending, self._pending_blocks = [], 0
+        dump = delta.encode(list(self._index.dump())) if self._due(len(payload)) else None
+        try:
+            position = await self._log.append(epoch, payload)
+            self.log_bytes += len(payload)
+            self.log_segments += 1
+            if dump is not None:
+                await self._log.snapshot(position, dump)
+                self._last_snapshot_bytes = len(dump)
+                self.log_bytes = self.log_segments = 0
+        except BaseException:
+            self._start_over()
+            raise
+
+    def _start_over(self) -> None:
+        self._epoch = None
+        self._pending, self._pending_blocks = [], 0
+
+    def _due(self, more_bytes: int) -> bool:
+        limit = max(self._snapshot_bytes, 2 * self._last_snapshot_bytes)
+        return self.log_bytes + more_bytes > limit or self.log_segments + 1 >= self._snapshot_segments
+
+
+def apply_entry(index: PrefixIndex, entry: LogEntry) -> None:
+    """Bring a replica up to `entry`. Raises RemoteProtocolError for bytes that are no segment."""
+    changes = delta.decode(entry.payload) if entry.payload else []
+    if isinstance(entry, Snapshot):
+        for source in index.sources():
+            index.drop(source)
+    for source, event in changes:
+        index.add(source)
+        index.apply(source, event)

@@ -1,0 +1,195 @@
+"""Between the gRPC messages and the core's values: the only importer of the generated module.
+
+Decides what a message means; it must not answer it. A message that cannot be meant raises RemoteProtocolError
+naming the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from cache_service.core.errors import ConfigError, LocalProtocolError, RemoteProtocolError
+from cache_service.core.ids import BlockHash, Namespace, SiteId, SourceId, WorkerId
+from cache_service.core.index import IndexCounts
+from cache_service.core.query import Holder, MatchResult, Query
+from cache_service.wire import cache_pb2 as pb
+
+#: Room for MAX_HASHES of 8 bytes and the rest; both sides of the connection refuse more.
+MAX_MESSAGE_BYTES = 2 * 1024 * 1024
+
+
+class SourceState(Enum):
+    """How one event stream is doing; see cache.proto."""
+
+    CONNECTING = pb.SOURCE_STATE_CONNECTING
+    SYNCING = pb.SOURCE_STATE_SYNCING
+    LIVE = pb.SOURCE_STATE_LIVE
+    STALE = pb.SOURCE_STATE_STALE
+    GONE = pb.SOURCE_STATE_GONE
+
+
+@dataclass(frozen=True, slots=True)
+class SourceStats:
+    """One event stream in a Stats answer."""
+
+    source: SourceId
+    site: SiteId
+    state: SourceState
+    next_seq: int
+    entries: int
+    truncated: bool
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A Stats answer."""
+
+    site: SiteId
+    namespace: Namespace
+    counts: IndexCounts
+    revision: int
+    log_bytes: int
+    log_segments: int
+    sources: tuple[SourceStats, ...]
+
+
+def encode_query(namespace: Namespace, hashes: Sequence[BlockHash], total_tokens: int) -> pb.MatchRequest:
+    """Build a MatchRequest; raises LocalProtocolError for a value that does not fit its field."""
+    try:
+        return pb.MatchRequest(
+            namespace=_encode_namespace(namespace), hashes=hashes, total_tokens=total_tokens
+        )
+    except (ValueError, TypeError) as error:
+        raise LocalProtocolError(f"match request: {error}") from error
+
+
+def decode_query(message: pb.MatchRequest) -> Query:
+    """Read a MatchRequest; raises RemoteProtocolError naming the field."""
+    if not message.HasField("namespace"):
+        raise RemoteProtocolError("namespace: is missing")
+    try:
+        namespace = _decode_namespace(message.namespace)
+    except ConfigError as error:
+        raise RemoteProtocolError(str(error)) from error
+    return Query(namespace, tuple(map(BlockHash, message.hashes)), message.total_tokens)
+
+
+def encode_result(holders: Iterable[Holder], revision: int) -> pb.MatchResponse:
+    """Build a MatchResponse."""
+    return pb.MatchResponse(
+        revision=revision,
+        holders=[
+            pb.Holder(
+                worker_id=holder.worker_id,
+                site=holder.site,
+                dp_rank=holder.dp_rank,
+                matched_tokens=holder.matched_tokens,
+                usable_tokens=holder.usable_tokens,
+            )
+            for holder in holders
+        ],
+    )
+
+
+def decode_result(message: pb.MatchResponse) -> MatchResult:
+    """Read a MatchResponse."""
+    holders = tuple(
+        Holder(
+            WorkerId(holder.worker_id),
+            SiteId(holder.site),
+            holder.dp_rank,
+            holder.matched_tokens,
+            holder.usable_tokens,
+        )
+        for holder in message.holders
+    )
+    return MatchResult(True, "", holders, message.revision)
+
+
+def encode_stats(stats: Stats) -> pb.StatsResponse:
+    """Build a StatsResponse."""
+    return pb.StatsResponse(
+        site=stats.site,
+        namespace=_encode_namespace(stats.namespace),
+        blocks=stats.counts.blocks,
+        entries=stats.counts.entries,
+        orphans=stats.counts.orphans,
+        revision=stats.revision,
+        log_bytes=stats.log_bytes,
+        log_segments=stats.log_segments,
+        sources=[
+            pb.Source(
+                worker_id=source.source.worker_id,
+                site=source.site,
+                dp_rank=source.source.dp_rank,
+                state=source.state.value,
+                next_seq=source.next_seq,
+                entries=source.entries,
+                truncated=source.truncated,
+                counts=source.counts,
+            )
+            for source in stats.sources
+        ],
+    )
+
+
+def decode_stats(message: pb.StatsResponse) -> Stats:
+    """Read a StatsResponse; raises RemoteProtocolError for a namespace or a state we do not know."""
+    try:
+        sources = tuple(
+            SourceStats(
+                SourceId(WorkerId(source.worker_id), source.dp_rank),
+                SiteId(source.site),
+                SourceState(source.state),
+                source.next_seq,
+                source.entries,
+                source.truncated,
+                dict(source.counts),
+            )
+            for source in message.sources
+        )
+        namespace = _decode_namespace(message.namespace)
+    except (ValueError, ConfigError) as error:
+        raise RemoteProtocolError(f"stats: {error}") from error
+    counts = IndexCounts(message.blocks, message.entries, len(sources), message.orphans)
+    return Stats(
+        SiteId(message.site),
+        namespace,
+        counts,
+        message.revision,
+        message.log_bytes,
+        message.log_segments,
+        sources,
+    )
+
+
+def encode_stats_request() -> pb.StatsRequest:
+    """Build a StatsRequest."""
+    return pb.StatsRequest()
+
+
+def _encode_namespace(namespace: Namespace) -> pb.Namespace:
+    return pb.Namespace(
+        model=namespace.model,
+        page_size=namespace.page_size,
+        revision=namespace.revision,
+        kv_dtype=namespace.kv_dtype,
+        layout=namespace.layout,
+        lora=namespace.lora,
+        salt=namespace.salt,
+    )
+
+
+def _decode_namespace(message: pb.Namespace) -> Namespace:
+    return Namespace(
+        model=message.model,
+        page_size=message.page_size,
+        revision=message.revision,
+        kv_dtype=message.kv_dtype,
+        layout=message.layout,
+        lora=message.lora,
+        salt=message.salt,
+    )
