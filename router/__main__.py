@@ -8,24 +8,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
 
-from aiohttp import web
-from prometheus_client import CollectorRegistry
-
 from cache_service import logs
-from cache_service.core.blocks import block_hashes
 from cache_service.core.errors import ConfigError
-from router.app import DRAINING, build
-from router.config import RouterConfig, load, split_address
+from router.config import RouterConfig, load
 from router.index import PrefixIndex
-from router.metrics import RouterMetrics
-from router.serve import Server
-from router.tokenize import PromptTokenizer, TokenizerPool
-from router.upstream import Upstream
-from router.workers import WorkerTable
+from router.service import Service
+from router.tokenize import PromptTokenizer
 
 _log = logging.getLogger("router")
 
@@ -89,7 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_serve(config, tokenizer))
     except OSError as error:
-        sys.stderr.write(f"router: listen: {config.listen} cannot be used: {error.strerror or error}\n")
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        sys.stderr.write(f"router: listen: {config.listen} cannot be used: {reason}\n")
         return 1
     return 0
 
@@ -118,42 +112,21 @@ async def _serve(config: RouterConfig, tokenizer: PromptTokenizer) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-
-    metrics = RouterMetrics(CollectorRegistry())
-    table = WorkerTable(config)
-    metrics.watch_workers(
-        table.in_flight,
-        lambda: {w: table.breakers.usable(w, loop.time()) for w in table.in_flight()},
-    )
-    upstream = Upstream(config.timeouts, config.limits, metrics)
-    index = _open_index(config)
-    threads = TokenizerPool(tokenizer, block_hashes, config.model.page_size, config.limits.tokenizer_threads)
-    server = Server(config, tokenizer=threads, index=index, table=table, upstream=upstream, metrics=metrics)
-    app = build(server)
-    runner = web.AppRunner(
-        app, access_log=None, handler_cancellation=True, shutdown_timeout=config.timeouts.drain_s
-    )
+    service = Service(config, tokenizer, _open_index(config))
     try:
-        await runner.setup()
-        host, port = split_address(config.listen, field="listen")
-        await web.TCPSite(runner, host, port).start()
-        address = runner.addresses[0]
+        address = await service.start()
         logs.event(
             _log,
             "router_ready",
-            listen=f"{address[0]}:{address[1]}",
+            listen=address,
             site=config.site,
+            policy=config.policy.name,
             workers=len(config.workers),
         )
         await stop.wait()
-        app[DRAINING].set()
-        logs.event(_log, "router_draining", in_flight=sum(table.in_flight().values()))
+        logs.event(_log, "router_draining", in_flight=service.in_flight())
     finally:
-        await runner.cleanup()
-        await upstream.close()
-        threads.close()
-        if index is not None:
-            await index.close()
+        await service.stop()
     logs.event(_log, "router_stopped")
 
 

@@ -48,9 +48,9 @@ class ParsedRequest:
     Attributes:
         prompt: text, token ids, or None for a chat (then `body` holds the messages).
         listed: the prompt came as a list of one, which the engine treats as a batch (rid must be a list too).
-        salt: cache salt or extra key: separates the caches of tenants.
-        lora: adapter name, "" for none.
-        empty: the body is `{}`-like: no comma before an appended field.
+        cache_salt: tenant's salt, "" for none; the engine's KV events are named by it.
+        partition: extra key or adapter, "" for none; it separates caches, but events do not carry it.
+        body: the decoded object, not to be changed.
     """
 
     api: Api
@@ -58,8 +58,8 @@ class ParsedRequest:
     stream: bool
     prompt: str | list[int] | None
     listed: bool
-    salt: str
-    lora: str
+    cache_salt: str
+    partition: str
     body: dict[str, Any]
 
 
@@ -88,17 +88,15 @@ def parse(api: Api, raw: bytes) -> ParsedRequest:
     stream = _typed(body, "stream", bool, "a boolean") or False
     model = _typed(body, "model", str, "a string")
     prompt, listed = _READERS[api](body)
-    lora = _name(body, "lora_path")
-    if model and ":" in model and not lora:
-        lora = model.partition(":")[2]
+    adapter = _name(body, "lora_path") or (model or "").partition(":")[2]
     return ParsedRequest(
         api=api,
         model=model,
         stream=stream,
         prompt=prompt,
         listed=listed,
-        salt="/".join(filter(None, (_name(body, "cache_salt"), _name(body, "extra_key")))),
-        lora=lora,
+        cache_salt=_name(body, "cache_salt"),
+        partition="/".join(filter(None, (_name(body, "extra_key"), adapter))),
         body=body,
     )
 

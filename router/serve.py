@@ -118,7 +118,11 @@ class Server:
         return await self._try_routes(http, call, record, record.match)
 
     async def _match(self, request: ParsedRequest, record: Record) -> Match:
-        """Tokenise, check the length, ask the index; every prompt starts with no more than this."""
+        """Tokenise, check the length, ask the index.
+
+        A prompt with an adapter or an extra key is not asked for: the index would answer with the blocks of
+        the same tokens without one, which the engine does not share.
+        """
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         prompt = await self._tokenizer.prompt(request)
@@ -127,12 +131,13 @@ class Server:
         record.prompt_tokens = prompt.total_tokens
         check_length(prompt.total_tokens, self.config.model.context_length)
         model = self.config.model
-        namespace = Namespace(
-            model=model.name, page_size=model.page_size, lora=request.lora, salt=request.salt
-        )
+        if request.partition:
+            return Match(available=False, reason="partitioned")
+        namespace = Namespace(model=model.name, page_size=model.page_size)
         match = await lookup(self._index, namespace, prompt.hashes, prompt.total_tokens)
-        outcome = "ok" if match.available else "unavailable"
-        self.metrics.index.labels(outcome).observe(loop.time() - tokenized_s)
+        if self._index is not None:
+            outcome = "ok" if match.available else "unavailable"
+            self.metrics.index.labels(outcome).observe(loop.time() - tokenized_s)
         return match
 
     async def _try_routes(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, processors  # type: ignore[import-untyped]
 
+from cache_service.core.blocks import block_hashes, event_namespace_seed
 from cache_service.core.errors import ConfigError
 from cache_service.core.ids import BlockHash
 from router.openai import ParsedRequest, RequestError
@@ -38,8 +38,6 @@ _BOS_BY_FLAG = (
     "GemmaTokenizerFast",
     "CohereTokenizerFast",
 )
-
-BlockHasher = Callable[[Sequence[int], int], list[BlockHash]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +113,8 @@ class PromptTokenizer:
 class TokenizerPool:
     """Runs tokenising and hashing on a few threads."""
 
-    def __init__(self, tokenizer: PromptTokenizer, hasher: BlockHasher, page_size: int, threads: int) -> None:
+    def __init__(self, tokenizer: PromptTokenizer, page_size: int, threads: int) -> None:
         self._tokenizer = tokenizer
-        self._hasher = hasher
         self._page_size = page_size
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
 
@@ -129,7 +126,8 @@ class TokenizerPool:
         ids = self._tokenizer.encode(request)
         if not ids:
             raise RequestError(400, "the prompt is empty: it has no tokens", param="prompt")
-        return Prompt(len(ids), self._hasher(ids, self._page_size))
+        seed = event_namespace_seed(request.cache_salt or None)
+        return Prompt(len(ids), block_hashes(ids, self._page_size, seed=seed))
 
     def close(self) -> None:
         """Stop the threads after their current work."""

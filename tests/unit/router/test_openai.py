@@ -100,11 +100,11 @@ def test_prompts_in_every_form(api: Api, body: dict[str, Any], prompt: object, l
 
 
 def test_tenants_and_adapters_have_their_own_namespace() -> None:
-    """Salt and adapter come from any of SGLang's fields."""
+    """Salt, extra key and adapter come from any of SGLang's fields."""
     body = HELLO | {"cache_salt": "s", "extra_key": ["k"], "model": "m:ada"}
     request = parse(Api.CHAT, json.dumps(body).encode())
-    assert (request.salt, request.lora) == ("s/k", "ada")
-    assert parse(Api.CHAT, json.dumps(body | {"lora_path": "x"}).encode()).lora == "x"
+    assert (request.cache_salt, request.partition) == ("s", "k/ada")
+    assert parse(Api.CHAT, json.dumps(body | {"lora_path": "x"}).encode()).partition == "k/x"
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cache_service.core.blocks import block_hashes, event_namespace_seed
 from cache_service.core.errors import ConfigError
-from cache_service.core.ids import BlockHash
-from router.openai import Api, RequestError, parse
+from router.openai import Api, ParsedRequest, RequestError, parse
 from router.template import ChatTemplate
 from router.tokenize import PromptTokenizer, TokenizerPool
 from tests.integration.router_support import write_model
@@ -166,17 +165,20 @@ def test_text_that_is_not_unicode_is_refused(model: Path) -> None:
 
 
 async def test_pool_works_beside_the_loop(model: Path) -> None:
-    """While a prompt is worked on, the loop runs; the page size reaches the hasher."""
-    loop_ran, seen = threading.Event(), []
+    """While a prompt is worked on, the loop runs; pages are hashed behind the salt if there is one."""
+    loop_ran = threading.Event()
 
-    def hasher(ids: Sequence[int], page_size: int) -> list[BlockHash]:
-        assert loop_ran.wait(20), "the event loop was blocked"
-        seen.append((len(ids), page_size))
-        return [BlockHash(1)]
+    class Slow(PromptTokenizer):
+        def encode(self, request: ParsedRequest) -> list[int]:
+            assert loop_ran.wait(20), "the event loop was blocked"
+            return super().encode(request)
 
-    pool = TokenizerPool(PromptTokenizer(model), hasher, 16, 1)
+    pool = TokenizerPool(Slow(model), 2, 1)
     task = asyncio.create_task(pool.prompt(parse(Api.COMPLETION, b'{"prompt": "hello"}')))
     asyncio.get_running_loop().call_soon(loop_ran.set)
     prompt = await task
+    ids = encode(model, Api.COMPLETION, {"prompt": "hello"})
+    assert (prompt.total_tokens, prompt.hashes) == (5, block_hashes(ids, 2))
+    salted = await pool.prompt(parse(Api.COMPLETION, b'{"prompt": "hello", "cache_salt": "s"}'))
+    assert salted.hashes == block_hashes(ids, 2, seed=event_namespace_seed("s"))
     pool.close()
-    assert (prompt.total_tokens, prompt.hashes, seen) == (5, [1], [(5, 16)])
