@@ -83,8 +83,7 @@ class PromptTokenizer:
         if isinstance(request.prompt, list):
             return request.prompt
         if isinstance(request.prompt, str):
-            plain: list[int] = self._tokenizer.encode(request.prompt).ids
-            return plain
+            return self._ids(request.prompt, special_tokens=True)
         if self._template is None:
             raise RequestError(
                 400,
@@ -92,12 +91,18 @@ class PromptTokenizer:
                 param="messages",
             )
         text, prefix = self._template.render(request.body)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._ids(text, special_tokens=False)
         if prefix:
-            continued: list[int] = self._tokenizer.encode(prefix).ids
+            continued = self._ids(prefix, special_tokens=True)
             if continued and continued[0] == self._bos_id:
                 continued = continued[1:]
             ids = ids + continued
+        return ids
+
+    def _ids(self, text: str, *, special_tokens: bool) -> list[int]:
+        """Encode as a batch of one: unlike `encode`, the binding's batch calls release the GIL."""
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def _set_bos(self, bos: str | None, wanted: bool | None) -> None:

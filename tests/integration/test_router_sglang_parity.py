@@ -134,7 +134,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     tokenizer = get_tokenizer(str(path))
     manager = SimpleNamespace(tokenizer=tokenizer, processor=None, served_model_name="tiny")
     templates = TemplateManager()
-    templates.load_chat_template(manager, None, str(path))  # type: ignore[arg-type]
+    templates.load_chat_template(manager, None, str(path))
     chat = OpenAIServingChat.__new__(OpenAIServingChat)
     for name, value in {
         "tokenizer_manager": manager,
