@@ -12,7 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.utils._device
 
+from cache_service.core.errors import UnsupportedEngine
 from prfaas_sglang.cpu import torch_ops
 
 #: Function in SGLang -> torch version. Triton does not run without a GPU.
@@ -45,7 +47,10 @@ _installed = False
 
 
 def install() -> None:
-    """Register every replacement and apply them. Idempotent within a process and its forks."""
+    """Register every replacement and apply them. Idempotent within a process and its forks.
+
+    Raises UnsupportedEngine when one could not be applied: SGLang itself only logs that.
+    """
     global _installed
     if _installed:
         return
@@ -57,6 +62,9 @@ def install() -> None:
         HookRegistry.register(target, function, HookType.REPLACE)
     HookRegistry.register(EXTRA_BUFFER_CHECK, _check_extra_buffer_without_gpu, HookType.AROUND)
     HookRegistry.apply_hooks()
+    missing = {*REPLACED, EXTRA_BUFFER_CHECK} - HookRegistry._patched
+    if missing:
+        raise UnsupportedEngine(f"cannot replace {', '.join(sorted(missing))}")
     for (module, name), function in KERNELS.items():
         setattr(importlib.import_module(module), name, torch_ops.Launch(function))
     _ignore_pinning()
@@ -79,6 +87,8 @@ def _check_extra_buffer_without_gpu(original: Callable[..., Any], *args: Any, **
 
 
 def _ignore_pinning() -> None:
+    # `with torch.device(...)` keeps a table of the factories, made on first use: it must hold the originals
+    torch.utils._device._device_constructors()
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     for name in PINNING_FACTORIES:
         setattr(torch, name, _without_pinning(getattr(torch, name)))
