@@ -31,8 +31,8 @@ def candidates(ids: list[int]) -> list[list[list[int]]]:
     return sets
 
 
-def greedy(model: Any, prompt: list[int], new_tokens: int = NEW_TOKENS) -> tuple[list[int], float]:
-    """Return the continuation and the smallest margin between its tokens and the runners-up."""
+def greedy(model: Any, prompt: list[int], new_tokens: int = NEW_TOKENS) -> tuple[list[int], list[float]]:
+    """Return the continuation and each token's margin over the runner-up, in standard deviations."""
     import torch
 
     x = torch.tensor([prompt])
@@ -49,8 +49,8 @@ def greedy(model: Any, prompt: list[int], new_tokens: int = NEW_TOKENS) -> tuple
         )
     logits = torch.cat(done.logits)
     best = logits.topk(2).values
-    margin = (best[:, 0] - best[:, 1]).min() / logits.std()
-    return done.sequences[0, len(prompt) :].tolist(), float(margin)
+    margins = (best[:, 0] - best[:, 1]) / logits.std()
+    return done.sequences[0, len(prompt) :].tolist(), margins.tolist()
 
 
 def load(folder: Path) -> tuple[Any, list[int]]:
@@ -75,7 +75,7 @@ def make(folder: Path, family: str) -> None:
     model, ids = load(models.build(family, folder / family))
     for prompts in candidates(ids):
         answers = [greedy(model, prompt) for prompt in prompts]
-        if min(margin for _, margin in answers) >= MIN_MARGIN:
+        if min(min(margins) for _, margins in answers) >= MIN_MARGIN:
             break
     else:
         sys.exit(f"{family}: every set of prompts has a near-tie")
