@@ -8,8 +8,11 @@ versions.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +137,24 @@ def build(family: str, out: Path, *, seed: int = 0) -> Path:
         config["full_attention_interval"] = 4  # SGLang 0.5.21 reads the key that came before layer_types
     path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
     return out
+
+
+def cached(family: str, root: Path, *, seed: int = 0) -> Path:
+    """Return the folder under `root` that holds the checkpoint, building it when it is not there.
+
+    The folder's name says what it depends on: family, seed, builder and library versions.
+    Raises ConfigError for an unknown family, OSError when `root` cannot be written.
+    """
+    versions = "-".join(importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers"))
+    path = root / f"{family}-seed{seed}-b{BUILDER_VERSION}-{versions}"
+    if (path / "config.json").is_file():
+        return path
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=f".{family}-") as scratch:
+        built = build(family, Path(scratch) / "model", seed=seed)
+        with contextlib.suppress(OSError):  # another process was faster: its checkpoint is the same
+            built.rename(path)
+    return path
 
 
 def _sharpen(model: Any) -> None:

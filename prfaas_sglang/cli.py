@@ -1,0 +1,159 @@
+"""The `prfaas` command: parses arguments, calls the part that does the work, turns errors into exit statuses.
+
+Exit status: 0 done, 1 something failed at run time, 2 wrong arguments or configuration, 130 interrupted.
+Import-light: each subcommand imports what it needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cache_service.core.errors import ConfigError, PrfaasError
+from prfaas_sglang import __version__
+
+DESCRIPTION = """\
+Prefill-as-a-Service for SGLang: long prompts are prefilled in a remote, compute-dense site and decoded near
+the user; the KV crosses ordinary Ethernet.
+"""
+
+UP_EXAMPLE = """\
+example:
+  prfaas up -f fleet.yaml
+  curl http://127.0.0.1:PORT/v1/models        # the port is printed when the fleet is ready
+
+the smallest fleet file:
+  model: {path: tiny:gdn}
+  sites:
+    - {name: A, workers: [{name: a-prefill, role: prefill}]}
+    - {name: B, workers: [{name: b-prefill, role: prefill}, {name: b-decode, role: decode}]}
+
+Every key with its default: prfaas_sglang/fleet/config.py; a commented file: `prfaas up --print-example`.
+Ctrl-C stops everything that was started.
+"""
+
+DEMO_EXAMPLE = """\
+example:
+  prfaas demo                              # two sites on this machine, tiny hybrid model, about a minute
+  prfaas demo --backend mooncake_tcp       # the same over SGLang's stock TCP backend
+  prfaas demo --json result.json
+
+Exit status 0 only when every output equals that of a single SGLang server, token for token, and remote and
+local routes and prefix hits in both sites were seen.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except ConfigError as error:
+        print(f"prfaas: {error}", file=sys.stderr)
+        return 2
+    except PrfaasError as error:
+        print(f"prfaas: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("prfaas: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="prfaas", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"prfaas-sglang {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    up = _command(commands, "up", "start a fleet from a file and keep it running", UP_EXAMPLE)
+    up.add_argument("-f", "--file", type=Path, metavar="FILE", help="the fleet file (YAML)")
+    up.add_argument("--run-dir", type=Path, metavar="DIR", help="logs go here (default: runs/DATE-TIME)")
+    up.add_argument("--check", action="store_true", help="only check the file")
+    up.add_argument("--print-example", action="store_true", help="print a commented fleet file and exit")
+    up.set_defaults(run=_up)
+
+    demo = _command(commands, "demo", "watch prompts cross between two sites on this machine", DEMO_EXAMPLE)
+    demo.add_argument("-f", "--file", type=Path, metavar="FILE", help="another fleet file than the demo's")
+    demo.add_argument("--backend", choices=["prfaas", "mooncake_tcp"], help="how KV moves")
+    demo.add_argument("--run-dir", type=Path, metavar="DIR", help="logs go here (default: runs/DATE-TIME)")
+    demo.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
+    demo.add_argument("--keep", action="store_true", help="keep the fleet running afterwards, until Ctrl-C")
+    demo.set_defaults(run=_demo)
+
+    doctor = _command(
+        commands,
+        "doctor",
+        "check this machine and say what is missing",
+        "example:\n  prfaas doctor\n\nExit status 1 when something needed is missing.\n",
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    doctor.set_defaults(run=_doctor)
+
+    models = _command(commands, "models", "make checkpoints", "example:\n  prfaas models tiny --help\n")
+    kinds = models.add_subparsers(required=True, metavar="KIND")
+    tiny = _command(
+        kinds,
+        "tiny",
+        "a tiny random checkpoint with a tokenizer, no network",
+        "example:\n  prfaas models tiny --family gdn --out /tmp/tiny-gdn\n\n"
+        "families: dense (Qwen3), gdn (Qwen3.5: gated delta net + full attention),\n"
+        "gdn-moe (Qwen3-Next), swa (Gemma 3: sliding window). The same seed gives the same bytes.\n",
+    )
+    tiny.add_argument("--family", required=True, metavar="{dense,gdn,gdn-moe,swa}")
+    tiny.add_argument("--out", required=True, type=Path, metavar="DIR")
+    tiny.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
+    tiny.set_defaults(run=_tiny)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, what: str, example: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=what,
+        description=what[:1].upper() + what[1:] + ".",
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    from prfaas_sglang.fleet import up
+
+    if arguments.print_example:
+        print(up.example(), end="")
+        return 0
+    if arguments.file is None:
+        raise ConfigError("-f FILE is missing; `prfaas up --print-example` prints a fleet file")
+    return up.run(arguments.file, arguments.run_dir, check_only=arguments.check)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from prfaas_sglang.fleet import demo
+
+    return demo.run(
+        file=arguments.file,
+        backend=arguments.backend,
+        run_dir=arguments.run_dir,
+        json_file=arguments.json,
+        keep=arguments.keep,
+    )
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from prfaas_sglang.fleet import doctor
+
+    return doctor.run(as_json=arguments.json)
+
+
+def _tiny(arguments: argparse.Namespace) -> int:
+    from prfaas_sglang.cpu import models
+
+    try:
+        path = models.build(arguments.family, arguments.out, seed=arguments.seed)
+    except OSError as error:
+        raise ConfigError(f"--out: cannot write {arguments.out}: {error.strerror}") from error
+    print(path)
+    return 0
