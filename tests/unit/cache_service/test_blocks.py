@@ -1,4 +1,4 @@
-"""Block hashes are SGLang's: golden values come from its own C++ (hash_binding.cpp, 0.5.21), not from ours."""
+"""Block hashes are SGLang's: the golden values are its own C++'s (hash_binding.cpp of 0.5.21), not ours."""
 
 from __future__ import annotations
 
