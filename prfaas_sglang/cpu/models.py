@@ -201,7 +201,7 @@ def tokenizer() -> Any:
     )
 
 
-_WORDS = (
+WORDS = (
     "the of and to in is for that with on as are it by be this from at or an have has not was will can all "
     "which when then than into over under between each other more most some such only same new old one two "
     "three first last next long short high low fast slow large small open close read write send receive "
@@ -219,7 +219,7 @@ def corpus(sentences: int = 3000) -> list[str]:
     rng = random.Random(0)
     text = []
     for _ in range(sentences):
-        words = [rng.choice(_WORDS) for _ in range(rng.randint(6, 18))]
+        words = [rng.choice(WORDS) for _ in range(rng.randint(6, 18))]
         words[0] = words[0].capitalize()
         if rng.random() < 0.3:
             words.insert(rng.randrange(len(words)), str(rng.randrange(10_000)))

@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 
 import numpy
 
+from cache_service.core.errors import UnsupportedEngine
 from prfaas_sglang.cpu import environment
 
 PR_SET_PDEATHSIG = 1
@@ -45,9 +46,11 @@ PRELOADED = (
     "sglang.srt.layers.attention.torch_native_backend",
     "sglang.srt.layers.attention.hybrid_linear_attn_backend",
     "sglang.launch_server",
-    "prfaas_sglang.engine.backend",
     "prfaas_sglang.cpu.hooks",
 )
+#: Reads the environment of one worker while it is imported: SGLang's --enable-metrics sets
+#: PROMETHEUS_MULTIPROC_DIR in the worker first.
+NOT_PRELOADED = "prometheus_client"
 
 
 def prctl(option: int, value: int) -> None:
@@ -81,6 +84,8 @@ def preload() -> None:
 
     hooks.install()
     _import_models()
+    if NOT_PRELOADED in sys.modules:
+        raise UnsupportedEngine(f"{NOT_PRELOADED} was imported too early: workers could not serve metrics")
     gc.collect()
     gc.freeze()
 
