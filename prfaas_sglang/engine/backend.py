@@ -225,9 +225,7 @@ class PrfaasReceiver(_Failures, CommonKVReceiver):
 
     def poll(self) -> int:
         """Return the transfer's KVPoll."""
-        return self._concluded(
-            (KVPoll.WaitingForInput, KVPoll.Transferring), self._check_waiting_timeout
-        )
+        return self._concluded((KVPoll.WaitingForInput, KVPoll.Transferring), self._check_waiting_timeout)
 
     def clear(self) -> None:
         """Forget the room; rows are not written any more when this returns."""

@@ -1,8 +1,8 @@
 """Starts a fleet, watches it, stops it. Leaves no process behind, whatever happens to the launcher.
 
-Order: the fork server (its imports take longest); beside it model, ports, files, cache service and router; then
-the workers, all at once; readiness of everything. A process that ends by itself ends the start (or, later, the
-run) with its last lines.
+Order: the fork server (its imports take longest); beside it model, ports, files, cache service and router;
+then the workers, all at once; readiness of everything. A process that ends by itself ends the start, or later
+the run, with its last lines.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -150,8 +151,6 @@ class Launcher:
             pid = self._zygote.spawn(spec.name, list(spec.argv), spec.env, log_path)
             process = Forked(self._zygote, spec.name, pid, log_path)
         else:
-            import sys
-
             argv = [sys.executable, "-m", "sglang.launch_server", *spec.argv]
             env = {"SGLANG_PLUGINS": "prfaas", **spec.env, **self._gpu_of(spec.name)}
             process = Started(spec.name, argv, env, log_path)

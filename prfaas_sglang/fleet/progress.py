@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 
 
 class Progress:
-    """Prints one line per finished step; on a terminal also a spinner for the running one.
+    """Prints one line per finished step and keeps its duration.
 
     Args:
         console: where to print.
@@ -38,6 +40,15 @@ class Progress:
             raise
         self.seconds[title] = time.monotonic() - started
         self.console.print(f"  [green]ok[/green] {title}  {self.seconds[title]:.1f} s", highlight=False)
+
+    @contextlib.contextmanager
+    def bar(self, total: int) -> Iterator[Callable[[], None]]:
+        """Yield a function that counts one of `total`; shown as a bar on a terminal."""
+        columns = (TextColumn("    "), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        shown = Bar(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        task = shown.add_task("", total=total)
+        with shown:
+            yield lambda: shown.advance(task)
 
     def note(self, text: str) -> None:
         """Print a line."""
