@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 
@@ -85,9 +84,9 @@ class Verdict:
 
 def table(rows: tuple[Row, ...]) -> Table:
     """Return the table that a person reads; it fits 80 columns."""
-    result = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("agent, turn", "prompt", "matched", "hit", "route", "prefilled by", "KV moved", "TTFT", ""):
-        left = name in ("agent, turn", "route", "prefilled by", "")
+    result = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("agent, turn", "prompt", "matched", "hit", "route", "worker", "KV moved", "TTFT", ""):
+        left = name in ("agent, turn", "route", "worker", "")
         result.add_column(name, justify="left" if left else "right", no_wrap=True)
     for row in rows:
         link = row.route == "remote"
