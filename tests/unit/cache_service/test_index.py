@@ -148,6 +148,18 @@ class IndexMachine(RuleBasedStateMachine):
         copy.check()
         assert copy.counts() == self.index.counts()
 
+    @rule(source=st.sampled_from(SOURCES), blocks=st.sets(st.integers(0, 29), min_size=1, max_size=6))
+    def copy(self, source: SourceId, blocks: set[int]) -> None:
+        """A copy is whole, and what is done to it does not reach the original."""
+        copy = self.index.copy()
+        copy.check()
+        assert list(copy.dump()) == list(self.index.dump())
+        copy.add(source)
+        copy.apply(source, BlocksRemoved(chain(*blocks)))
+        for block in blocks:
+            copy.apply(source, BlocksStored(chain(block), self.parents[block]))
+        copy.check()
+
     def teardown(self) -> None:
         """After churn nothing is left behind."""
         if hasattr(self, "index"):
