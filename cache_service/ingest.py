@@ -22,7 +22,6 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +44,8 @@ log = logging.getLogger(__name__)
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 #: Above SGLang's ring of 10,000 batches, so that an answer fits our queue; ROUTER drops what does not.
 _REPLAY_QUEUE = 20_000
+#: The publisher writes an answer in one go; a pause this long inside it means that its end was dropped.
+_REPLAY_PAUSE_S = 0.5
 #: Requests for one synchronisation. Each brings what fits between the two queues, so a full ring needs a few.
 _MAX_ROUNDS = 32
 #: One answer longer than this is asked again from where it got to, after the timers had their turn.
@@ -239,16 +240,22 @@ class SourceStream:
             dealer.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
             dealer.connect(self._worker.replay)
             start = self._sequencer.begin_replay()
+            reached = self._sequencer.next_seq
+            wait_s = self._config.replay_timeout_s
             await dealer.send_multipart([b"", start.to_bytes(8, "big")], zmq.NOBLOCK)
             for received in range(_MAX_ANSWER_BATCHES):
-                frames = await self._in_time(dealer.recv_multipart())
+                frames = await asyncio.wait_for(dealer.recv_multipart(), wait_s)
+                wait_s = min(wait_s, _REPLAY_PAUSE_S)
                 step = self._replayed(frames)
                 if step not in (Step.APPLY, Step.SKIP, Step.LOST):
                     return step
                 if received % 16 == 15:
                     await asyncio.sleep(0)  # recv does not yield while batches are waiting
             return Step.AGAIN
-        except (TimeoutError, zmq.ZMQError):
+        except TimeoutError:
+            # ROUTER dropped the end of a long answer, end mark and all: what came was not in vain.
+            return Step.AGAIN if self._sequencer.next_seq > reached else None
+        except zmq.ZMQError:
             return None
         finally:
             dealer.close(linger=0)
@@ -351,9 +358,6 @@ class SourceStream:
         subscriber.set(zmq.HEARTBEAT_TIMEOUT, 3 * _HEARTBEAT_MS)
         subscriber.subscribe(self._worker.topic)
         return subscriber
-
-    async def _in_time(self, awaited: Awaitable[list[bytes]]) -> list[bytes]:
-        return await asyncio.wait_for(awaited, self._config.replay_timeout_s)
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

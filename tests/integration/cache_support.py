@@ -123,11 +123,35 @@ class Worker:
         publisher._pub = types.SimpleNamespace(send_multipart=lambda frames: None, close=real.close)
         try:
             self.publish(*events)
-            deadline_s = time.monotonic() + 5
-            while publisher._event_queue.unfinished_tasks and time.monotonic() < deadline_s:
-                time.sleep(0.005)
+            self.drain()
         finally:
             publisher._pub = real
+
+    def drain(self) -> None:
+        """Wait until every batch is published and in the ring."""
+        deadline_s = time.monotonic() + 10
+        while self.publisher._event_queue.unfinished_tasks and time.monotonic() < deadline_s:
+            time.sleep(0.005)
+
+    def drop_answers(self, *, every: int) -> None:
+        """Lose what a replay answer has after `every` messages, end mark and all: a full ROUTER socket."""
+        router = self.publisher._replay
+        sent = 0
+
+        def receive() -> list[bytes]:
+            nonlocal sent
+            sent = 0
+            return router.recv_multipart()  # type: ignore[no-any-return]
+
+        def send(frames: tuple[bytes, ...]) -> None:
+            nonlocal sent
+            sent += 1
+            if sent <= every:
+                router.send_multipart(frames)
+
+        self.publisher._replay = types.SimpleNamespace(
+            poll=router.poll, recv_multipart=receive, send_multipart=send, close=router.close
+        )
 
     def config(self) -> dict[str, object]:
         return {

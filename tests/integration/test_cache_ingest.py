@@ -205,3 +205,18 @@ async def test_silent_replay_does_not_stop_a_stream(cluster) -> None:
     first.publish(stored([4]))
     await service.matches([4], {"a-prefill-0": 4})
     assert await service.matched([2]) == {}, "a gap without replay drops what was known"
+
+
+async def test_whole_ring_with_a_lossy_answer(cluster) -> None:
+    """A long answer overflows SGLang's ROUTER socket, which drops its end; asking again gets the rest."""
+    start, worker = cluster
+    first = worker("a-prefill-0", "A", ring=4000)
+    for batch in range(4000):
+        first.publish(stored([batch * 10 + block for block in range(10)], batch * 10 - 1 if batch else None))
+    first.drain()
+    first.drop_answers(every=700)
+    service = await start(first)
+    await service.matches(list(range(40_000)), {"a-prefill-0": 160_000})
+    assert await service.counted("replayed") == 4000
+    assert await service.counted("replay_failed") == 0
+    assert not (await service.client.stats()).sources[0].truncated
