@@ -1,0 +1,185 @@
+"""`prfaas up` with real SGLang: bad requests, clients that leave, workers that die, launchers that die."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from tests.e2e.fleet import Up, gone, run_cli, up
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+
+FILE = """
+model: {path: tiny:gdn}
+engine: {context_length: 1024, max_total_tokens: 4096, chunked_prefill_size: 256}
+routing: {threshold_tokens: 256}
+sites:
+  - {name: A, workers: [{name: a-p, role: prefill}]}
+  - {name: B, workers: [{name: b-p, role: prefill}, {name: b-d, role: decode}]}
+links: [{src: A, dst: B, gbps: 10}]
+"""
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """One fleet for the whole file; the last tests end it."""
+    folder = tmp_path_factory.mktemp("up")
+    (folder / "fleet.yaml").write_text(FILE)
+    with up(folder / "fleet.yaml", folder / "run") as running:
+        yield running
+
+
+def ask(fleet: Up, prompt: str | list[int], **body: object) -> requests.Response:
+    """Complete a prompt greedily."""
+    defaults = {"model": "gdn", "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    return requests.post(f"{fleet.url}/v1/completions", json={**defaults, **body}, timeout=60)
+
+
+def test_it_answers_and_says_what_it_decided(fleet: Up) -> None:
+    """A long prompt goes to site A, a short one stays; headers and log lines say so."""
+    long = ask(fleet, list(range(10, 510)))
+    short = ask(fleet, list(range(10, 60)))
+    assert long.status_code == short.status_code == 200, long.text + short.text
+    assert (long.headers["x-prfaas-route"], long.headers["x-prfaas-prefill-worker"]) == ("remote", "a-p")
+    assert (short.headers["x-prfaas-route"], short.headers["x-prfaas-prefill-worker"]) == ("local", "b-p")
+    events = [json.loads(line) for line in (fleet.run_dir / "router.log").read_text().splitlines()]
+    routes = [event["route"] for event in events if event["event"] == "request"]
+    assert {"remote", "local"} <= set(routes)
+
+
+def test_a_prompt_longer_than_the_context_is_refused(fleet: Up) -> None:
+    """400 with both numbers, and the fleet serves on."""
+    answer = ask(fleet, list(range(10, 10 + 1100)))
+    assert answer.status_code == 400
+    assert "1100" in answer.text
+    assert "1024" in answer.text
+    assert ask(fleet, [5, 6, 7]).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "word"),
+    [
+        (b'{"model": "gdn", "prompt": ', 400, "JSON"),
+        (b'{"model": "other", "prompt": "x"}', 404, "other"),
+        (b'{"model": "gdn", "prompt": {"a": 1}}', 400, "prompt"),
+        (b'{"model": "gdn", "prompt": "x", "max_tokens": "many"}', 400, "max_tokens"),
+        (b"[]", 400, "object"),
+    ],
+)
+def test_a_wrong_body_gets_a_clear_error(fleet: Up, body: bytes, status: int, word: str) -> None:
+    """The status is the client's fault and the message names what is wrong."""
+    headers = {"Content-Type": "application/json"}
+    answer = requests.post(f"{fleet.url}/v1/completions", data=body, headers=headers, timeout=60)
+    assert answer.status_code == status, answer.text
+    assert word in answer.json()["error"]["message"]
+
+
+def test_clients_that_leave_midway_leak_nothing(fleet: Up) -> None:
+    """After a dozen disconnects every worker is idle again and a long prompt still fits."""
+    for i in range(12):
+        prompt = list(range(10 + i, 10 + i + 400))
+        with requests.post(
+            f"{fleet.url}/v1/completions",
+            json={
+                "model": "gdn",
+                "prompt": prompt,
+                "max_tokens": 500,
+                "stream": True,
+                "ignore_eos": True,
+                "temperature": 0,
+            },
+            stream=True,
+            timeout=60,
+        ) as answer:
+            assert next(answer.iter_content(64))
+    router = json.loads((fleet.run_dir / "router.json").read_text())
+    for worker in router["workers"]:
+        wait_idle(worker["url"])
+    assert ask(fleet, list(range(10, 900))).status_code == 200
+
+
+def wait_idle(url: str) -> None:
+    """Poll a worker's own load until no request is left (bounded)."""
+    import time
+
+    deadline = time.monotonic() + 30
+    while True:
+        loads = requests.get(f"{url}/v1/loads?include=core", timeout=10).json()
+        running = sum(r["num_running_reqs"] + r["num_waiting_reqs"] for r in loads["loads"])
+        if running == 0:
+            return
+        assert time.monotonic() < deadline, f"{url} still has {running} requests"
+        time.sleep(0.1)
+
+
+def test_a_worker_that_dies_ends_the_fleet_with_its_name(fleet: Up) -> None:
+    """kill -9 of a worker: exit 1, its name and signal are printed, nothing is left running."""
+    pids = fleet.pids()
+    victim = json.loads((fleet.run_dir / "pids.json").read_text())["b-p"]
+    assert psutil.pid_exists(victim)
+    os.kill(victim, signal.SIGKILL)
+    output, _ = fleet.process.communicate(timeout=60)
+    assert fleet.process.returncode == 1
+    assert "b-p" in output
+    assert "SIGKILL" in output
+    assert gone(pids) == []
+
+
+def test_a_killed_launcher_leaves_no_orphan(tmp_path: Path) -> None:
+    """kill -9 of the launcher itself takes every process along."""
+    (tmp_path / "fleet.yaml").write_text(FILE)
+    with up(tmp_path / "fleet.yaml", tmp_path / "run") as running:
+        pids = running.pids()
+        assert len(pids) >= 10
+        running.process.kill()
+        running.process.wait()
+        assert gone(pids) == []
+
+
+def test_ctrl_c_stops_everything(tmp_path: Path) -> None:
+    """SIGINT: exit 0, said so, nothing left."""
+    (tmp_path / "fleet.yaml").write_text(FILE)
+    with up(tmp_path / "fleet.yaml", tmp_path / "run") as running:
+        pids = running.pids()
+        output = running.interrupt()
+        assert running.process.returncode == 0
+        assert "stopped everything" in output
+        assert gone(pids) == []
+
+
+def test_a_worker_that_dies_at_start_is_explained(tmp_path: Path) -> None:
+    """A bad engine flag: exit 1 with the worker's last lines, which name the flag."""
+    (tmp_path / "fleet.yaml").write_text(FILE.replace("engine: {", "engine: {args: [--no-such-flag], "))
+    done = run_cli("up", "-f", str(tmp_path / "fleet.yaml"), "--run-dir", str(tmp_path / "run"))
+    assert done.returncode == 1
+    assert "--no-such-flag" in done.stderr
+    assert "exited with status 2" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("tiny:gdn", "/no/such/model"), "model.path: /no/such/model has no config.json"),
+        (("src: A", "src: C"), "links[0].src: no site is named 'C'"),
+        (("role: decode", "role: decode, port: PORT"), "cannot listen on"),
+    ],
+)
+def test_a_wrong_file_starts_nothing(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    """Exit 2 and the path of the field; no process was started."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        old, new = change
+        text = FILE.replace(old, new.replace("PORT", str(taken.getsockname()[1])))
+        (tmp_path / "fleet.yaml").write_text(text)
+        done = run_cli("up", "-f", str(tmp_path / "fleet.yaml"), "--run-dir", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "run" / "pids.json").exists()
