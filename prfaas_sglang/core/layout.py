@@ -136,6 +136,8 @@ class Hello:
         worker: worker name, likewise.
         rank: attention tensor-parallel rank; rank r of decode talks to rank r of prefill.
         layout: the sender's layout as JSON values (checked with `differences`).
+        bundle: random id of the bundle of connections that this one belongs to, chosen by decode.
+        index: this connection's number in the bundle; 0 carries grants, acknowledgements and aborts.
     """
 
     role: str
@@ -143,6 +145,12 @@ class Hello:
     worker: str
     rank: int
     layout: dict[str, Any]
+    bundle: str = ""
+    index: int = 0
+
+
+#: Connections in one bundle, at most.
+MAX_CONNECTIONS = 64
 
 
 def encode_hello(hello: Hello) -> bytes:
@@ -154,6 +162,8 @@ def encode_hello(hello: Hello) -> bytes:
             "worker": hello.worker,
             "rank": hello.rank,
             "layout": hello.layout,
+            "bundle": hello.bundle,
+            "index": hello.index,
         }
     ).encode()
 
@@ -166,13 +176,31 @@ def decode_hello(payload: bytes) -> Hello:
         raise RemoteProtocolError("hello: not JSON", reason="hello") from None
     if not isinstance(value, dict):
         raise RemoteProtocolError("hello: not an object", reason="hello")
-    for key, kind in (("role", str), ("site", str), ("worker", str), ("rank", int), ("layout", dict)):
+    fields = (
+        ("role", str),
+        ("site", str),
+        ("worker", str),
+        ("rank", int),
+        ("layout", dict),
+        ("bundle", str),
+        ("index", int),
+    )
+    for key, kind in fields:
         if not isinstance(value.get(key), kind):
             raise RemoteProtocolError(f"hello.{key}: missing or not {kind.__name__}", reason="hello")
     if value["role"] not in ("prefill", "decode"):
         raise RemoteProtocolError("hello.role: accepted values are prefill and decode", reason="hello")
-    site, worker = value["site"][:64], value["worker"][:64]
-    return Hello(value["role"], site, worker, value["rank"], value["layout"])
+    if not 0 <= value["index"] < MAX_CONNECTIONS or len(value["bundle"]) > 64:
+        raise RemoteProtocolError(f"hello.index: not in 0..{MAX_CONNECTIONS - 1}", reason="hello")
+    return Hello(
+        value["role"],
+        value["site"][:64],
+        value["worker"][:64],
+        value["rank"],
+        value["layout"],
+        value["bundle"],
+        value["index"],
+    )
 
 
 def check_layout(layout: Layout) -> None:

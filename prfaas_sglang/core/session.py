@@ -34,6 +34,11 @@ class ExportSession:
     total_bytes: int = 0
     last_seen: bool = False
 
+    def granted_bytes(self) -> int:
+        """Return the row bytes that the whole transfer will have."""
+        rows = (self.grant.pages, *self.grant.state_rows, 1)
+        return sum(c.bytes_per_row * n for c, n in zip(self.layout.components, rows, strict=True))
+
     def chunk(
         self,
         pages: Sequence[int],
@@ -122,7 +127,7 @@ class ImportSession:
     aux_row: int
     committed_bytes: int | None = None
     received_bytes: int = 0
-    _arrived: dict[tuple[int, int], int] = field(default_factory=dict)
+    _claimed: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def rows(self, component: int) -> Sequence[int]:
         """Return the granted rows of a component, in position order."""
@@ -139,7 +144,9 @@ class ImportSession:
         )
 
     def place(self, data: Data, payload_bytes: int) -> Sequence[int]:
-        """Return the rows that a DATA frame fills, in order.
+        """Claim a DATA frame's positions and return the rows that it fills, in order.
+
+        A position is claimed once, so frames that arrive on several connections never write the same row.
 
         Args:
             data: the frame's descriptor.
@@ -164,14 +171,15 @@ class ImportSession:
                 f"data: {payload_bytes} bytes for {data.count} rows of {component.row_bytes[data.tensor]}",
                 reason="length",
             )
-        if self._mask(data) & self._arrived.get((data.component, data.tensor), 0):
+        key, mask = (data.component, data.tensor), ((1 << data.count) - 1) << data.first
+        claimed = self._claimed.get(key, 0)
+        if mask & claimed:
             raise RemoteProtocolError(f"data: {component.kind} position arrived twice", reason="duplicate")
+        self._claimed[key] = claimed | mask
         return rows[data.first : data.first + data.count]
 
     def arrived(self, data: Data) -> None:
         """Record a verified frame (after `place` and after its checksum was right)."""
-        key = (data.component, data.tensor)
-        self._arrived[key] = self._arrived.get(key, 0) | self._mask(data)
         self.received_bytes += data.count * self.layout.components[data.component].row_bytes[data.tensor]
 
     def commit(self, total_bytes: int) -> None:
@@ -188,7 +196,3 @@ class ImportSession:
     def complete(self) -> bool:
         """True when the sender committed and every granted row of every tensor arrived."""
         return self.committed_bytes is not None and self.received_bytes == self.committed_bytes
-
-    @staticmethod
-    def _mask(data: Data) -> int:
-        return ((1 << data.count) - 1) << data.first

@@ -1,16 +1,15 @@
 """A connection between one prefill rank and one decode rank: handshake, a reader and a writer thread.
 
-Decides nothing about transfers: frames go to a `Handler`. Guarantees: hellos and layouts were exchanged and
-compared before the first other frame; a silent peer is found within PING_S * MISSED; `Handler.lost` is called
-exactly once.
+Decides nothing about transfers: frames go to a `Handler`, and what to write next comes from the bundle.
+Guarantees: hellos and layouts were exchanged and compared before the first other frame; a silent peer is found
+within PING_S * MISSED; `Handler.lost` is called exactly once.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +21,7 @@ from prfaas_sglang.core.framing import (
     encode_reason,
 )
 from prfaas_sglang.core.layout import Hello, Layout, decode_hello, differences, encode_hello, to_json
+from prfaas_sglang.transfer.bundle import Bundle
 from prfaas_sglang.transfer.wire import Buffer, ConnectionLost, Wire
 
 logger = logging.getLogger(__name__)
@@ -48,9 +48,10 @@ class Identity:
     rank: int
     layout: Layout
 
-    def hello(self) -> bytes:
+    def hello(self, bundle: str = "", index: int = 0) -> bytes:
         """Return this side's HELLO payload."""
-        return encode_hello(Hello(self.role, self.site, self.worker, self.rank, to_json(self.layout)))
+        layout = to_json(self.layout)
+        return encode_hello(Hello(self.role, self.site, self.worker, self.rank, layout, bundle, index))
 
 
 class LayoutMismatch(RemoteProtocolError):
@@ -69,12 +70,12 @@ class Handler(Protocol):
         """The channel ended; called once."""
 
 
-def exchange_hellos(wire: Wire, identity: Identity) -> Hello:
-    """Send our hello, read and judge the peer's.
+def exchange_hellos(wire: Wire, identity: Identity, bundle: str = "", index: int = 0) -> Hello:
+    """Send our hello (decode's names the bundle and the connection's number in it), judge the peer's.
 
     Raises LayoutMismatch or RemoteProtocolError (after telling the peer why), ConnectionLost.
     """
-    wire.send(FrameType.HELLO, 0, [identity.hello()])
+    wire.send(FrameType.HELLO, 0, [identity.hello(bundle, index)])
     header = wire.read_header(HANDSHAKE_S)
     if header is None:
         raise ConnectionLost(f"no hello within {HANDSHAKE_S:.0f} s")
@@ -108,17 +109,20 @@ class Channel:
         wire: the connected wire, hellos exchanged.
         peer: what the peer said of itself.
         handler: gets the frames.
+        bundle: the bundle it belongs to, where its writer finds work.
+        index: its number there.
     """
 
-    def __init__(self, wire: Wire, peer: Hello, handler: Handler) -> None:
+    def __init__(self, wire: Wire, peer: Hello, handler: Handler, bundle: Bundle, index: int) -> None:
         self.wire = wire
         self.peer = peer
+        self.bundle = bundle
+        self.index = index
         self._handler = handler
-        self._outbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._over = threading.Event()
         self._error: PrfaasError | None = None
         self._error_lock = threading.Lock()
-        name = f"prfaas-{peer.worker}"
+        name = f"prfaas-{peer.worker}-{index}"
         self._reader = threading.Thread(target=self._read_loop, name=name + "-in", daemon=True)
         self._writer = threading.Thread(target=self._write_loop, name=name + "-out", daemon=True)
 
@@ -128,12 +132,8 @@ class Channel:
         self._reader.start()
 
     def post(self, kind: FrameType, transfer: int, parts: Sequence[Buffer] = ()) -> None:
-        """Send a frame from the writer thread, in order; returns at once."""
-        self._outbox.put(lambda: self._send(kind, transfer, parts))
-
-    def run(self, job: Callable[[], None]) -> None:
-        """Run `job` on the writer thread, in order (it may send on the wire); returns at once."""
-        self._outbox.put(job)
+        """Send a control frame from this connection's writer thread, before any data; returns at once."""
+        self.bundle.post(self.index, kind, transfer, parts)
 
     def fail(self, error: PrfaasError) -> None:
         """End the channel for a reason; idempotent, the first reason counts."""
@@ -141,7 +141,12 @@ class Channel:
             if self._error is None:
                 self._error = error
         self.wire.close()
-        self._outbox.put(None)
+        self.bundle.wake()
+
+    @property
+    def failed(self) -> bool:
+        """True once the channel has ended for whatever reason."""
+        return self._error is not None
 
     def close(self) -> None:
         """End the channel in peace."""
@@ -153,16 +158,20 @@ class Channel:
 
     # --- threads ---
 
-    def _send(self, kind: FrameType, transfer: int, parts: Sequence[Buffer]) -> None:
-        self.wire.send(kind, transfer, parts)
-
     def _write_loop(self) -> None:
-        while (job := self._outbox.get()) is not None:
-            try:
-                job()
-            except PrfaasError as error:
-                self.fail(error)
-                return
+        try:
+            while self.bundle.wait_for_work(self):
+                # what goes next is decided as late as the socket allows
+                self.wire.wait_writable()
+                job = self.bundle.next_job(self)
+                if job is not None:
+                    job(self.wire)
+        except PrfaasError as error:
+            self.fail(error)
+        except Exception as error:
+            # a bug must end this connection, not the process
+            logger.exception("channel_writer_failed")
+            self.fail(RemoteProtocolError(f"internal: {error}", reason="internal"))
 
     def _read_loop(self) -> None:
         try:

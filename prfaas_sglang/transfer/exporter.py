@@ -11,8 +11,8 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from cache_service.core.errors import PrfaasError, RemoteProtocolError, TransferError
 from prfaas_sglang.core.framing import (
@@ -26,8 +26,11 @@ from prfaas_sglang.core.framing import (
     encode_reason,
     encode_total,
 )
+from prfaas_sglang.core.layout import Hello
+from prfaas_sglang.core.outbox import due_s
 from prfaas_sglang.core.plan import DEFAULT_FRAME_BYTES, Piece
 from prfaas_sglang.core.session import ExportSession
+from prfaas_sglang.transfer.bundle import Bundle
 from prfaas_sglang.transfer.channel import Channel, Identity, exchange_hellos
 from prfaas_sglang.transfer.memory import RowMemory
 from prfaas_sglang.transfer.telemetry import Telemetry, TransferRecord
@@ -36,23 +39,35 @@ from prfaas_sglang.transfer.wire import ConnectionLost, Wire, tune
 logger = logging.getLogger(__name__)
 
 #: Decode workers connected at once, and grants waiting for their request: bounds against a broken peer.
-MAX_CHANNELS = 256
+MAX_PEERS = 256
 MAX_GRANTS = 4096
 
 
 @dataclass(slots=True)
 class Export:
-    """One granted transfer.
+    """One granted transfer. `channel` is the control connection that brought the grant.
 
-    `dead` is set before the pages go back to the engine; the writer thread looks at it between frames.
+    `dead` is set before the pages go back to the engine; the writer threads look at it between frames.
     """
 
     channel: Channel
     transfer: int
     session: ExportSession
     since_s: float
+    deadline_s: float
     dead: bool = False
     committed: bool = False
+
+
+@dataclass(slots=True)
+class _Peer:
+    """A decode worker's bundle and its connections."""
+
+    bundle: Bundle
+    worker: str
+    channels: list[Channel] = field(default_factory=list)
+    transfers: dict[int, Export] = field(default_factory=dict)
+    lost: bool = False
 
 
 class Exporter:
@@ -89,7 +104,7 @@ class Exporter:
         self._on_failed = on_failed
         self._lock = threading.Lock()
         self._exports: dict[int, Export] = {}  # by room
-        self._channels: set[Channel] = set()
+        self._peers: dict[str, _Peer] = {}  # by bundle id
         self._listener: socket.socket | None = None
         self._closed = False
 
@@ -132,7 +147,12 @@ class Exporter:
         if export is None or export.dead:
             raise TransferError("the decode worker is gone", reason="no_grant")
         pieces = export.session.chunk(pages, states=states, aux_row=aux_row, last=last)
-        export.channel.run(lambda: self._send_pieces(export, pieces, last))
+        export.channel.bundle.add(export.transfer, export.deadline_s, pieces)
+        if last:
+            # order does not matter: the import is complete when this and every row are there
+            export.committed = True
+            total = encode_total(export.session.total_bytes)
+            export.channel.post(FrameType.COMMIT, export.transfer, [total])
 
     def abort(self, room: int, reason: str) -> None:
         """Give a room up and tell decode; its pages may be reused at once."""
@@ -150,30 +170,28 @@ class Exporter:
                 logger.debug("listener_shutdown %s", error)
             self._listener.close()
         with self._lock:
-            channels = list(self._channels)
+            channels = [channel for peer in self._peers.values() for channel in peer.channels]
         for channel in channels:
             channel.close()
         for channel in channels:
             channel.join(5.0)
 
-    # --- writer thread ---
+    # --- writer threads ---
 
-    def _send_pieces(self, export: Export, pieces: Iterator[Piece], last: bool) -> None:
-        wire = export.channel.wire
-        for piece in pieces:
-            if export.dead:
-                return
-            views = self._memory.views(piece.data.component, piece.data.tensor, piece.rows)
-            wire.send(FrameType.DATA, export.transfer, [encode_data(piece.data), *views])
-        if last and not export.dead:
-            export.committed = True
-            wire.send(FrameType.COMMIT, export.transfer, [encode_total(export.session.total_bytes)])
+    def _send_piece(self, peer: _Peer, wire: Wire, transfer: int, piece: Piece) -> None:
+        export = peer.transfers.get(transfer)
+        if export is None or export.dead:
+            return
+        views = self._memory.views(piece.data.component, piece.data.tensor, piece.rows)
+        wire.send(FrameType.DATA, transfer, [encode_data(piece.data), *views])
 
-    # --- reader thread ---
+    # --- reader threads ---
 
     def frame(self, channel: Channel, header: Header) -> None:
         """Handle a frame from decode (see channel.Handler)."""
         payload = channel.wire.read_payload(header)
+        if channel.index != 0:
+            raise RemoteProtocolError(f"{header.type.name} on a data connection", reason="direction")
         match header.type:
             case FrameType.GRANT:
                 self._granted(channel, header.transfer, decode_grant(payload))
@@ -188,11 +206,23 @@ class Exporter:
                 raise RemoteProtocolError(f"{header.type.name} from a decode worker", reason="direction")
 
     def lost(self, channel: Channel, error: PrfaasError) -> None:
-        """Fail every room of a lost channel (see channel.Handler)."""
-        with self._lock:
-            self._channels.discard(channel)
-            rooms = [room for room, e in self._exports.items() if e.channel is channel]
+        """End the whole bundle of a lost channel and fail its rooms (see channel.Handler)."""
+        peer = self._peer_of(channel)
         self._telemetry.connected(-1)
+        if peer is None:
+            return
+        with self._lock:
+            first, peer.lost = not peer.lost, True
+            peer.channels.remove(channel)
+            if not peer.channels:
+                self._peers.pop(channel.peer.bundle, None)
+            others = list(peer.channels)
+            rooms = [e.session.grant.room for e in peer.transfers.values()]
+        if not first:
+            return
+        peer.bundle.close()
+        for other in others:
+            other.fail(error)
         if isinstance(error, RemoteProtocolError):
             self._telemetry.refused(error.reason)
         if not self._closed:
@@ -202,15 +232,30 @@ class Exporter:
         for room in rooms:
             self._end(room, "failed", f"connection to decode worker lost: {error}", notify=True)
 
+    def _peer_of(self, channel: Channel) -> _Peer | None:
+        with self._lock:
+            return self._peers.get(channel.peer.bundle)
+
     def _granted(self, channel: Channel, transfer: int, grant: Grant) -> None:
         layout = self._identity.layout
         if transfer == 0 or len(grant.state_rows) != len(layout.states):
             raise RemoteProtocolError("grant: does not fit the layout", reason="grant")
-        export = Export(channel, transfer, ExportSession(layout, grant, self._frame_bytes), time.monotonic())
+        now_s = time.monotonic()
+        session = ExportSession(layout, grant, self._frame_bytes)
+        export = Export(channel, transfer, session, now_s, due_s(now_s, session.granted_bytes()))
+        peer = self._peer_of(channel)
+        if peer is None:
+            return  # the bundle is ending
         with self._lock:
-            taken = grant.room in self._exports or len(self._exports) >= MAX_GRANTS
+            taken = (
+                grant.room in self._exports
+                or transfer in peer.transfers
+                or len(self._exports) >= MAX_GRANTS
+                or peer.lost
+            )
             if not taken:
                 self._exports[grant.room] = export
+                peer.transfers[transfer] = export
         if taken:
             channel.post(FrameType.ABORT, transfer, [encode_reason("room is in use, or too many grants")])
             return
@@ -227,11 +272,8 @@ class Exporter:
             self._on_done(room)
 
     def _find(self, channel: Channel, transfer: int) -> Export | None:
-        with self._lock:
-            for export in self._exports.values():
-                if export.channel is channel and export.transfer == transfer:
-                    return export
-        return None
+        peer = self._peer_of(channel)
+        return peer.transfers.get(transfer) if peer is not None else None
 
     def _end(self, room: int, outcome: str, reason: str, *, notify: bool = False) -> Export | None:
         with self._lock:
@@ -239,6 +281,10 @@ class Exporter:
         if export is None:
             return None
         export.dead = True
+        export.channel.bundle.drop(export.transfer)
+        peer = self._peer_of(export.channel)
+        if peer is not None:
+            peer.transfers.pop(export.transfer, None)
         self._telemetry.record(
             TransferRecord(
                 room=room,
@@ -274,18 +320,38 @@ class Exporter:
         tune(sock)
         wire = Wire(sock)
         try:
-            with self._lock:
-                if len(self._channels) >= MAX_CHANNELS:
-                    raise ConnectionLost(f"{MAX_CHANNELS} decode workers are connected")
-            peer = exchange_hellos(wire, self._identity)
+            hello = exchange_hellos(wire, self._identity)
+            channel = self._admit(wire, hello)
         except PrfaasError as error:
             logger.warning("peer_refused address=%s reason=%s", address, error)
             self._telemetry.refused(error.reason)
             wire.release()
             return
-        channel = Channel(wire, peer, self)
-        with self._lock:
-            self._channels.add(channel)
         self._telemetry.connected(+1)
-        logger.info("decode_worker_connected worker=%s site=%s", peer.worker, peer.site)
+        if hello.index == 0:
+            logger.info("decode_worker_connected worker=%s site=%s", hello.worker, hello.site)
         channel.start()
+
+    def _admit(self, wire: Wire, hello: Hello) -> Channel:
+        """Make the channel of a new connection: the first of a bundle, or one more of a known one."""
+        with self._lock:
+            peer = self._peers.get(hello.bundle)
+            if hello.index == 0:
+                if peer is not None:
+                    raise RemoteProtocolError("hello.bundle: is in use", reason="bundle")
+                if len(self._peers) >= MAX_PEERS:
+                    raise ConnectionLost(f"{MAX_PEERS} decode workers are connected")
+                peer = _Peer(Bundle(), hello.worker)
+                owner = peer
+                peer.bundle.on_piece(
+                    lambda wire, transfer, piece: self._send_piece(owner, wire, transfer, piece)
+                )
+                self._peers[hello.bundle] = peer
+            elif peer is None or peer.lost or peer.worker != hello.worker:
+                raise RemoteProtocolError("hello.bundle: is not known", reason="bundle")
+            elif any(c.index == hello.index for c in peer.channels):
+                raise RemoteProtocolError("hello.index: is in use", reason="bundle")
+            channel = Channel(wire, hello, self, peer.bundle, hello.index)
+            peer.channels.append(channel)
+            peer.bundle.join(channel)
+        return channel

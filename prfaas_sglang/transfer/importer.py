@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import secrets
 import socket
 import threading
 import time
@@ -31,7 +32,9 @@ from prfaas_sglang.core.framing import (
     encode_reason,
     encode_total,
 )
+from prfaas_sglang.core.layout import Hello
 from prfaas_sglang.core.session import ImportSession
+from prfaas_sglang.transfer.bundle import Bundle
 from prfaas_sglang.transfer.channel import Channel, Identity, exchange_hellos
 from prfaas_sglang.transfer.memory import RowMemory
 from prfaas_sglang.transfer.telemetry import Telemetry, TransferRecord
@@ -41,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
 CONNECT_ATTEMPTS = 3
+DEFAULT_CONNECTIONS = 4
 _SCRATCH_BYTES = 256 << 10
 
 Address = tuple[str, int]
@@ -48,7 +52,11 @@ Address = tuple[str, int]
 
 @dataclass(slots=True)
 class Import:
-    """One transfer being received. `alive` changes, and rows are written, only under `lock`."""
+    """One transfer being received, possibly by several connections' threads at once.
+
+    `lock` guards the session and `alive`. A thread that writes rows counts itself in `writing` for the time
+    of one non-blocking read, so that ending a transfer waits microseconds, never for the network.
+    """
 
     room: int
     transfer: int
@@ -56,15 +64,17 @@ class Import:
     grant: Grant
     since_s: float
     alive: bool = True
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    writing: int = 0
+    lock: threading.Condition = field(default_factory=threading.Condition)
 
 
 @dataclass(slots=True)
 class _Peer:
-    """A prefill worker: its channel once connected, and what waits for it."""
+    """A prefill worker: its connections, and what waits for it. `channel` is the control connection."""
 
     address: Address
     channel: Channel | None = None
+    channels: list[Channel] = field(default_factory=list)
     dialing: bool = False
     imports: dict[int, Import] = field(default_factory=dict)
 
@@ -79,6 +89,7 @@ class Importer:
         on_progress: (room), the first rows arrived.
         on_done: (room), every granted row is in the pools, verified.
         on_failed: (room, reason).
+        connections: TCP connections per prefill rank.
     Callbacks run on channel threads and must not block.
     """
 
@@ -91,7 +102,9 @@ class Importer:
         on_progress: Callable[[int], None],
         on_done: Callable[[int], None],
         on_failed: Callable[[int, str], None],
+        connections: int = DEFAULT_CONNECTIONS,
     ) -> None:
+        self._connections = connections
         self._identity = identity
         self._memory = memory
         self._telemetry = telemetry
@@ -148,14 +161,14 @@ class Importer:
         if found is None:
             return
         peer, item = found
-        if self._end(peer, item, "failed", reason) and peer.channel is not None:
-            peer.channel.post(FrameType.ABORT, item.transfer, [encode_reason(reason)])
+        if self._end(peer, item, "failed", reason):
+            self._tell(peer, FrameType.ABORT, item.transfer, encode_reason(reason))
 
     def close(self) -> None:
         """End every channel."""
         self._closed = True
         with self._lock:
-            channels = [p.channel for p in self._peers.values() if p.channel is not None]
+            channels = [channel for peer in self._peers.values() for channel in peer.channels]
         for channel in channels:
             channel.close()
         for channel in channels:
@@ -172,8 +185,11 @@ class Importer:
         return peer
 
     def _dial(self, peer: _Peer) -> None:
+        """Connect the control connection, then the data connections, to one prefill rank."""
+        bundle, name = Bundle(), secrets.token_hex(16)
+        handler = _PeerHandler(self, peer)
         try:
-            channel = self._dial_once(peer)
+            wire, hello = self._connect(peer.address, name, 0)
         except PrfaasError as error:
             logger.warning("prefill_worker_unreachable address=%s:%d reason=%s", *peer.address, error)
             self._telemetry.refused(error.reason)
@@ -182,21 +198,43 @@ class Importer:
                 items = list(peer.imports.values())
             self._fail_all(peer, items, str(error))
             return
-        self._telemetry.connected(+1)
-        logger.info("prefill_worker_connected worker=%s site=%s", channel.peer.worker, channel.peer.site)
+        logger.info("prefill_worker_connected worker=%s site=%s", hello.worker, hello.site)
+        channel = Channel(wire, hello, handler, bundle, 0)
         with self._lock:
             peer.dialing = False
             peer.channel = channel
+            self._join(peer, channel)
             for item in peer.imports.values():
                 channel.post(FrameType.GRANT, item.transfer, [encode_grant(item.grant)])
         channel.start()
+        for index in range(1, self._connections):
+            try:
+                wire, hello = self._connect(peer.address, name, index)
+            except PrfaasError as error:
+                # the bundle works with fewer connections
+                logger.warning("data_connection_failed address=%s:%d reason=%s", *peer.address, error)
+                return
+            extra = Channel(wire, hello, handler, bundle, index)
+            with self._lock:
+                current = peer.channel is channel
+                if current:
+                    self._join(peer, extra)
+            if not current:
+                wire.release()
+                return
+            extra.start()
 
-    def _dial_once(self, peer: _Peer) -> Channel:
-        host, port = peer.address
+    def _join(self, peer: _Peer, channel: Channel) -> None:
+        peer.channels.append(channel)
+        channel.bundle.join(channel)
+        self._telemetry.connected(+1)
+
+    def _connect(self, address: Address, bundle: str, index: int) -> tuple[Wire, Hello]:
+        host, port = address
         pause = threading.Event()
         for attempt in itertools.count(1):
             try:
-                sock = socket.create_connection(peer.address, timeout=CONNECT_TIMEOUT_S)
+                sock = socket.create_connection(address, timeout=CONNECT_TIMEOUT_S)
                 break
             except OSError as error:
                 if attempt >= CONNECT_ATTEMPTS or self._closed:
@@ -205,12 +243,12 @@ class Importer:
         tune(sock)
         wire = Wire(sock)
         try:
-            return Channel(wire, exchange_hellos(wire, self._identity), _PeerHandler(self, peer))
+            return wire, exchange_hellos(wire, self._identity, bundle, index)
         except PrfaasError:
             wire.release()
             raise
 
-    # --- reader thread ---
+    # --- reader threads ---
 
     def frame(self, peer: _Peer, channel: Channel, header: Header) -> None:
         """Handle a frame from prefill."""
@@ -219,12 +257,15 @@ class Importer:
         if header.type is FrameType.DATA:
             self._data(peer, channel, header, item)
             return
+        if channel.index != 0:
+            raise RemoteProtocolError(f"{header.type.name} on a data connection", reason="direction")
         payload = channel.wire.read_payload(header)
         match header.type:
             case FrameType.COMMIT:
                 if item is not None:
-                    item.session.commit(decode_total(payload))
-                    self._finish_if_complete(peer, channel, item)
+                    with item.lock:
+                        item.session.commit(decode_total(payload))
+                    self._finish_if_complete(peer, item)
             case FrameType.ABORT:
                 if item is not None and self._end(peer, item, "failed", decode_reason(payload)):
                     self._on_failed(item.room, f"prefill gave up: {decode_reason(payload)}")
@@ -241,7 +282,8 @@ class Importer:
             self._discard(wire, left)  # aborted by us while this was on its way
             return
         data = decode_data(head)
-        rows = item.session.place(data, left)
+        with item.lock:
+            rows = item.session.place(data, left)
         views = self._memory.views(data.component, data.tensor, rows)
         if not self._scatter(wire, item, list(views), left):
             return
@@ -249,12 +291,14 @@ class Importer:
         for view in views:
             digest.update(view)
         if digest.intdigest() != header.checksum:
-            self._corrupt(peer, channel, item, data)
+            self._corrupt(peer, item, data)
             return
-        if item.session.received_bytes == 0:
+        with item.lock:
+            first = item.session.received_bytes == 0
+            item.session.arrived(data)
+        if first:
             self._on_progress(item.room)
-        item.session.arrived(data)
-        self._finish_if_complete(peer, channel, item)
+        self._finish_if_complete(peer, item)
 
     def _scatter(self, wire: Wire, item: Import, views: list[memoryview], left: int) -> bool:
         """Receive `left` bytes into `views`; False when the transfer died meanwhile (bytes discarded)."""
@@ -262,7 +306,14 @@ class Importer:
             with item.lock:
                 if not item.alive:
                     break
+                item.writing += 1
+            try:
                 count = wire.read_ready(views)
+            finally:
+                with item.lock:
+                    item.writing -= 1
+                    if not item.alive:
+                        item.lock.notify_all()
             left -= count
             while views and count >= len(views[0]):
                 count -= len(views.pop(0))
@@ -281,25 +332,43 @@ class Importer:
         while left:
             left -= wire.read_some([scratch[: min(left, len(scratch))]])
 
-    def _corrupt(self, peer: _Peer, channel: Channel, item: Import, data: Data) -> None:
+    def _corrupt(self, peer: _Peer, item: Import, data: Data) -> None:
         error = IntegrityError(f"checksum mismatch in component {data.component} tensor {data.tensor}")
         if self._end(peer, item, "failed", str(error)):
-            channel.post(FrameType.ABORT, item.transfer, [encode_reason(str(error))])
+            self._tell(peer, FrameType.ABORT, item.transfer, encode_reason(str(error)))
             self._on_failed(item.room, str(error))
 
-    def _finish_if_complete(self, peer: _Peer, channel: Channel, item: Import) -> None:
-        if item.session.complete and self._end(peer, item, "done", ""):
-            channel.post(FrameType.DONE, item.transfer, [encode_total(item.session.received_bytes)])
+    def _finish_if_complete(self, peer: _Peer, item: Import) -> None:
+        with item.lock:
+            complete = item.session.complete
+        if complete and self._end(peer, item, "done", ""):
+            self._tell(peer, FrameType.DONE, item.transfer, encode_total(item.session.received_bytes))
             self._on_done(item.room)
 
+    @staticmethod
+    def _tell(peer: _Peer, kind: FrameType, transfer: int, payload: bytes) -> None:
+        channel = peer.channel
+        if channel is not None:
+            channel.post(kind, transfer, [payload])
+
     def lost(self, peer: _Peer, channel: Channel, error: PrfaasError) -> None:
-        """Fail every transfer of a lost channel; the next grant dials again."""
+        """End the whole bundle of a lost channel and fail its transfers; the next grant dials again."""
         self._telemetry.connected(-1)
+        with self._lock:
+            peer.channels.remove(channel)
+            control = peer.channel
+            first = control is not None and control.bundle is channel.bundle
+            if first:
+                peer.channel = None
+            others = [c for c in peer.channels if c.bundle is channel.bundle]
+            items = list(peer.imports.values()) if first else []
+        if not first:
+            return
+        channel.bundle.close()
+        for other in others:
+            other.fail(error)
         if isinstance(error, RemoteProtocolError):
             self._telemetry.refused(error.reason)
-        with self._lock:
-            peer.channel = None
-            items = list(peer.imports.values())
         if not self._closed:
             logger.warning(
                 "prefill_worker_lost worker=%s transfers=%d reason=%s", channel.peer.worker, len(items), error
@@ -317,6 +386,7 @@ class Importer:
             if not item.alive:
                 return False
             item.alive = False
+            item.lock.wait_for(lambda: not item.writing)
         with self._lock:
             peer.imports.pop(item.transfer, None)
             if self._by_room.get(item.room, (None, None))[1] is item:

@@ -6,8 +6,10 @@ writes and `close()` wakes both. Nothing here interprets a payload.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
+import struct
 import time
 from collections.abc import Sequence
 
@@ -21,10 +23,15 @@ from prfaas_sglang.core.framing import (
     decode_header,
     encode_header,
 )
+from prfaas_sglang.transfer.tcp_info import TcpInfo, read_tcp_info
 
 #: A peer that takes or gives no byte for this long in the middle of a frame is gone.
 IO_TIMEOUT_S = 20.0
 _IOV_MAX = 1024
+#: Unsent bytes that the kernel may hold per connection: what an urgent frame waits behind.
+UNSENT_BYTES = 128 << 10
+SO_MAX_PACING_RATE = 47
+_UNLIMITED = (1 << 64) - 1
 
 Buffer = bytes | bytearray | memoryview
 
@@ -36,7 +43,14 @@ class ConnectionLost(TransferError):
 
 
 def tune(sock: socket.socket) -> None:
-    """Set the options every data connection has: no Nagle, keep-alive, bounded unacknowledged time."""
+    """Set the options of every data connection.
+
+    No Nagle, keep-alive, bounded unacknowledged time, a small unsent backlog, and bbr where the host lets us
+    ask for it (its loss model keeps the rate on a WAN; the host's default serves otherwise).
+    """
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
@@ -62,6 +76,13 @@ class Wire:
         self._writable.register(sock, select.POLLOUT)
 
     # --- writing ---
+
+    def wait_writable(self) -> None:
+        """Block until the socket takes more with little unsent before it (see `tune`).
+
+        Raises ConnectionLost after IO_TIMEOUT_S.
+        """
+        self._wait(self._writable, IO_TIMEOUT_S, "peer takes no data")
 
     def send(self, kind: FrameType, transfer: int, parts: Sequence[Buffer] = ()) -> int:
         """Write one frame whose payload is `parts` in order; return the payload's length in bytes."""
@@ -141,6 +162,21 @@ class Wire:
         if count == 0:
             raise ConnectionLost("the peer closed the connection")
         return count
+
+    # --- rate ---
+
+    def pace(self, bytes_per_s: float | None) -> None:
+        """Cap the sending rate of this connection in the kernel; None lifts the cap."""
+        value = _UNLIMITED if bytes_per_s is None else max(1, int(bytes_per_s))
+        with contextlib.suppress(OSError):  # it may be closed already
+            self._sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, struct.pack("Q", value))
+
+    def tcp_info(self) -> TcpInfo | None:
+        """Return what TCP reports now, None when the connection is closed."""
+        try:
+            return read_tcp_info(self._sock)
+        except OSError:
+            return None
 
     # --- life ---
 

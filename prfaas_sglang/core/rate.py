@@ -1,0 +1,166 @@
+"""How fast one bundle of connections may send: the control loop over what TCP reports, as a pure function.
+
+The kernel's congestion control fills the pipe per connection; several connections, and several bundles on one
+link, together overfill it: queues stand, an urgent transfer waits behind them, and a fifth of the bytes are
+retransmitted after every overflow. Capping the bundle just under what the link delivers keeps the queue empty at
+the same goodput (measured: docs/adr/0008). This controller finds that cap and follows it:
+
+    OPEN     no cap, until the link is full: round trips inflate, or goodput stops growing
+    CRUISE   cap = goodput * HEADROOM; probes upward, faster each time a probe pays
+    DRAIN    cap well under goodput until round trips are short again
+
+Loss alone does not slow it down: on a lossy path the kernel's model decides, and a queue shows in round trips.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What the connections of a bundle report at one moment.
+
+    Attributes:
+        now_s: monotonic time.
+        acked_bytes: bytes acknowledged so far, all connections.
+        srtt_s: smoothed round trip, the median connection.
+        min_rtt_s: least round trip seen, all connections.
+        busy: bytes waited to be sent ever since the last sample; otherwise goodput says nothing of the link.
+    """
+
+    now_s: float
+    acked_bytes: int
+    srtt_s: float
+    min_rtt_s: float
+    busy: bool
+
+
+class Phase(Enum):
+    """Where the controller is; see the module's text."""
+
+    OPEN = "open"
+    CRUISE = "cruise"
+    DRAIN = "drain"
+
+
+#: Goodput is taken over this many round trips, at least MIN_WINDOW_S.
+WINDOW_RTTS = 2.0
+MIN_WINDOW_S = 0.06
+#: A queue stands when the smoothed round trip exceeds the least one by this part, and by MIN_QUEUE_S.
+QUEUE_RATIO = 0.25
+MIN_QUEUE_S = 0.003
+#: Cap relative to the goodput measured when the link was full.
+HEADROOM = 0.98
+DRAIN_RATIO = 0.7
+#: First probe, its growth with each probe that pays, and the largest.
+PROBE = 1.05
+PROBE_GROWTH = 2.0
+PROBE_MAX = 1.6
+#: A probe paid when goodput reaches this part of the cap.
+PAID = 0.9
+FLOOR_BYTES_PER_S = 128 << 10
+
+
+@dataclass(slots=True)
+class RateController:
+    """The control loop of one bundle. Feed `update` about every 20 ms while sending."""
+
+    phase: Phase = Phase.OPEN
+    cap_bytes_per_s: float | None = None
+    goodput_bytes_per_s: float = 0.0
+    _history: deque[Sample] = field(default_factory=deque)
+    _best: float = 0.0
+    _best_at_s: float = 0.0
+    _next_probe_s: float = 0.0
+    _step: float = PROBE
+    _full_bytes_per_s: float = 0.0
+    _drain_until_s: float = 0.0
+
+    def update(self, sample: Sample) -> float | None:
+        """Take a sample; return the cap in bytes per second, None for no cap."""
+        history = self._history
+        if not sample.busy:
+            # an idle spell says nothing about the link: keep the cap, measure afresh
+            history.clear()
+            history.append(sample)
+            self._best_at_s = sample.now_s
+            self._next_probe_s = sample.now_s + self._window(sample)
+            return self.cap_bytes_per_s
+        history.append(sample)
+        window = self._window(sample)
+        while len(history) > 2 and history[1].now_s <= sample.now_s - window:
+            history.popleft()
+        span = sample.now_s - history[0].now_s
+        if span < 0.5 * window:
+            return self.cap_bytes_per_s
+        self.goodput_bytes_per_s = (sample.acked_bytes - history[0].acked_bytes) / span
+        queue_s = sample.srtt_s - sample.min_rtt_s
+        queued = queue_s > max(MIN_QUEUE_S, QUEUE_RATIO * sample.min_rtt_s)
+        match self.phase:
+            case Phase.OPEN:
+                self._open(sample, queued, window)
+            case Phase.CRUISE:
+                self._cruise(sample, queued, window)
+            case Phase.DRAIN:
+                self._drain(sample, queued, window)
+        return self.cap_bytes_per_s
+
+    @staticmethod
+    def _window(sample: Sample) -> float:
+        return max(MIN_WINDOW_S, WINDOW_RTTS * sample.min_rtt_s)
+
+    def _open(self, sample: Sample, queued: bool, window: float) -> None:
+        if self.goodput_bytes_per_s > 1.15 * self._best:
+            self._best, self._best_at_s = self.goodput_bytes_per_s, sample.now_s
+        stalled = sample.now_s - self._best_at_s > 3 * window
+        if queued and self._best:
+            self._start_drain(sample, window)
+        elif stalled:
+            self._settle(sample, self._best, window)
+
+    def _cruise(self, sample: Sample, queued: bool, window: float) -> None:
+        if queued:
+            self._start_drain(sample, window)
+            return
+        if sample.now_s < self._next_probe_s or self.cap_bytes_per_s is None:
+            return
+        if self.goodput_bytes_per_s >= PAID * self.cap_bytes_per_s:
+            self.cap_bytes_per_s *= self._step
+            self._step = min(PROBE_MAX, 1 + (self._step - 1) * PROBE_GROWTH)
+            self._next_probe_s = sample.now_s + window
+        else:
+            # the link, or the sender, gives less than the cap: come back down to it
+            self._settle(sample, self.goodput_bytes_per_s * PROBE, window)
+
+    def _drain(self, sample: Sample, queued: bool, window: float) -> None:
+        if sample.now_s < self._drain_until_s:
+            return
+        if queued:
+            # still standing: the link gives less than thought
+            self._full_bytes_per_s = min(self._full_bytes_per_s, self.goodput_bytes_per_s / DRAIN_RATIO)
+            self._set_cap(DRAIN_RATIO * min(self._full_bytes_per_s, self.goodput_bytes_per_s))
+            self._drain_until_s = sample.now_s + window
+            return
+        self._settle(sample, self._full_bytes_per_s * HEADROOM, window)
+
+    def _start_drain(self, sample: Sample, window: float) -> None:
+        self.phase = Phase.DRAIN
+        self._full_bytes_per_s = self.goodput_bytes_per_s
+        self._set_cap(DRAIN_RATIO * self.goodput_bytes_per_s)
+        self._drain_until_s = sample.now_s + window
+        self._history.clear()
+        self._history.append(sample)
+
+    def _settle(self, sample: Sample, cap: float, window: float) -> None:
+        self.phase = Phase.CRUISE
+        self._set_cap(cap)
+        self._step = PROBE
+        self._next_probe_s = sample.now_s + 2 * window
+        self._history.clear()
+        self._history.append(sample)
+
+    def _set_cap(self, value: float) -> None:
+        self.cap_bytes_per_s = max(FLOOR_BYTES_PER_S, value)

@@ -1,0 +1,50 @@
+"""What Linux reports of one TCP connection (struct tcp_info, include/uapi/linux/tcp.h), the fields we use."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from dataclasses import dataclass
+
+#: Up to and including bytes_retrans (Linux 4.19); older kernels return less, the rest reads as zero.
+_LAYOUT = struct.Struct("=8B24I4Q6I4Q2I2Q")
+
+
+@dataclass(frozen=True, slots=True)
+class TcpInfo:
+    """One connection at one moment.
+
+    Attributes:
+        srtt_s, min_rtt_s: smoothed and least round trip, seconds.
+        acked_bytes: payload acknowledged so far.
+        sent_bytes, retransmitted_bytes: payload put on the wire so far, the second part of the first.
+        unacked_segments: segments in flight.
+        unsent_bytes: accepted from us, not on the wire yet.
+        delivery_bytes_per_s: the kernel's latest delivery-rate sample.
+    """
+
+    srtt_s: float
+    min_rtt_s: float
+    acked_bytes: int
+    sent_bytes: int
+    retransmitted_bytes: int
+    unacked_segments: int
+    unsent_bytes: int
+    delivery_bytes_per_s: int
+
+
+def read_tcp_info(sock: socket.socket) -> TcpInfo:
+    """Read TCP_INFO. Raises OSError on a closed socket."""
+    raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAYOUT.size)
+    f = _LAYOUT.unpack(raw.ljust(_LAYOUT.size, b"\0"))
+    # 8 bytes, then 24 u32 from index 8, 4 u64 from 32, 6 u32 from 36, 4 u64 from 42, 2 u32, 2 u64 from 48
+    return TcpInfo(
+        srtt_s=f[8 + 15] / 1e6,
+        min_rtt_s=f[36 + 3] / 1e6,
+        acked_bytes=f[32 + 2],
+        sent_bytes=f[48],
+        retransmitted_bytes=f[48 + 1],
+        unacked_segments=f[8 + 4],
+        unsent_bytes=f[36 + 2],
+        delivery_bytes_per_s=f[42],
+    )
