@@ -28,6 +28,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             --disaggregation-bootstrap-port (plus the tensor-parallel rank).
         telemetry_listen: host:port for GET /metrics and /transfers, "" for none. Rank 0 only.
         frame_bytes: bytes of KV per frame, 4 KiB to 4 MiB.
+        connections: TCP connections that a decode worker opens to each prefill rank, 1 to 64.
     """
 
     worker_id: str
@@ -35,6 +36,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     listen_host: str = "0.0.0.0"
     telemetry_listen: str = ""
     frame_bytes: int = 256 << 10
+    connections: int = 4
 
     def check(self) -> None:
         """Raise ConfigError naming the first field that is wrong."""
@@ -46,6 +48,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(
                 f"{ENVIRONMENT_VARIABLE}.frame_bytes: {self.frame_bytes} is not in 4096..4194304"
             )
+        if not 1 <= self.connections <= 64:
+            raise ConfigError(f"{ENVIRONMENT_VARIABLE}.connections: {self.connections} is not in 1..64")
 
 
 def split_address(text: str, *, field: str) -> tuple[str, int]:

@@ -1,8 +1,8 @@
 """Which piece goes next when several transfers share a bundle of connections.
 
-Earliest virtual deadline first: a transfer is due when it was granted plus its size over a fixed slow rate, so a
-small one overtakes a large one that came shortly before, and a large one that has waited long enough is not
-overtaken any more. Pure; the shell takes one piece at a time, as late as it can.
+Earliest virtual deadline first: a transfer is due when it was granted plus its size over a fixed slow rate,
+so a small one overtakes a large one that came shortly before, and a large one that has waited long enough is
+not overtaken any more. Pure; the shell takes one piece at a time, as late as it can.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """How fast one bundle of connections may send: the control loop over what TCP reports, as a pure function.
 
 The kernel's congestion control fills the pipe per connection; several connections, and several bundles on one
-link, together overfill it: queues stand, an urgent transfer waits behind them, and a fifth of the bytes are
-retransmitted after every overflow. Capping the bundle just under what the link delivers keeps the queue empty at
-the same goodput (measured: docs/adr/0008). This controller finds that cap and follows it:
+link, together overfill it: queues stand, an urgent transfer waits behind them, and bytes are retransmitted
+after every overflow. Capping the bundle just under what the link delivers keeps the queue empty at the same
+goodput (measured: docs/adr/0008). This controller finds that cap and follows it:
 
     OPEN     no cap, until the link is full: round trips inflate, or goodput stops growing
     CRUISE   cap = goodput * HEADROOM; probes upward, faster each time a probe pays
     DRAIN    cap well under goodput until round trips are short again
 
-Loss alone does not slow it down: on a lossy path the kernel's model decides, and a queue shows in round trips.
+Loss alone does not slow it down: on a lossy path the kernel's model decides; a queue shows in round trips.
 """
 
 from __future__ import annotations
@@ -47,20 +47,24 @@ class Phase(Enum):
 
 
 #: Goodput is taken over this many round trips, at least MIN_WINDOW_S.
-WINDOW_RTTS = 2.0
+WINDOW_RTTS = 1.0
 MIN_WINDOW_S = 0.06
 #: A queue stands when the smoothed round trip exceeds the least one by this part, and by MIN_QUEUE_S.
 QUEUE_RATIO = 0.25
 MIN_QUEUE_S = 0.003
 #: Cap relative to the goodput measured when the link was full.
 HEADROOM = 0.98
-DRAIN_RATIO = 0.7
+DRAIN_RATIO = 0.8
+#: After a probe has found the link full, the next one waits this long (and four windows at least).
+FULL_PAUSE_S = 0.5
 #: First probe, its growth with each probe that pays, and the largest.
 PROBE = 1.05
 PROBE_GROWTH = 2.0
 PROBE_MAX = 1.6
 #: A probe paid when goodput reaches this part of the cap.
 PAID = 0.9
+#: Round trips after an idle spell until acknowledgements come at the sending rate.
+FILL_RTTS = 1.5
 FLOOR_BYTES_PER_S = 128 << 10
 
 
@@ -76,6 +80,8 @@ class RateController:
     _best_at_s: float = 0.0
     _next_probe_s: float = 0.0
     _step: float = PROBE
+    _filling_until_s: float | None = None
+    _queued_since_s: float | None = None
     _full_bytes_per_s: float = 0.0
     _drain_until_s: float = 0.0
 
@@ -85,9 +91,13 @@ class RateController:
         if not sample.busy:
             # an idle spell says nothing about the link: keep the cap, measure afresh
             history.clear()
-            history.append(sample)
-            self._best_at_s = sample.now_s
-            self._next_probe_s = sample.now_s + self._window(sample)
+            self._filling_until_s = None
+            return self.cap_bytes_per_s
+        if self._filling_until_s is None:
+            # the pipe is empty: for a round trip acknowledgements say nothing of the link either
+            self._filling_until_s = sample.now_s + FILL_RTTS * sample.min_rtt_s
+            self._best_at_s = self._next_probe_s = self._filling_until_s
+        if sample.now_s < self._filling_until_s:
             return self.cap_bytes_per_s
         history.append(sample)
         window = self._window(sample)
@@ -115,11 +125,16 @@ class RateController:
     def _open(self, sample: Sample, queued: bool, window: float) -> None:
         if self.goodput_bytes_per_s > 1.15 * self._best:
             self._best, self._best_at_s = self.goodput_bytes_per_s, sample.now_s
-        stalled = sample.now_s - self._best_at_s > 3 * window
-        if queued and self._best:
+        if not queued:
+            self._queued_since_s = None
+            if sample.now_s - self._best_at_s > 6 * window:
+                self._settle(sample, self._best * PROBE, window)
+            return
+        if self._queued_since_s is None:
+            self._queued_since_s = sample.now_s
+        # while a queue stands, acknowledgements come at the link's rate; take a window of them
+        if sample.now_s - self._queued_since_s >= window:
             self._start_drain(sample, window)
-        elif stalled:
-            self._settle(sample, self._best, window)
 
     def _cruise(self, sample: Sample, queued: bool, window: float) -> None:
         if queued:
@@ -130,37 +145,36 @@ class RateController:
         if self.goodput_bytes_per_s >= PAID * self.cap_bytes_per_s:
             self.cap_bytes_per_s *= self._step
             self._step = min(PROBE_MAX, 1 + (self._step - 1) * PROBE_GROWTH)
-            self._next_probe_s = sample.now_s + window
+            self._next_probe_s = sample.now_s + 2 * window
         else:
             # the link, or the sender, gives less than the cap: come back down to it
             self._settle(sample, self.goodput_bytes_per_s * PROBE, window)
 
     def _drain(self, sample: Sample, queued: bool, window: float) -> None:
+        if queued:
+            self._full_bytes_per_s = max(self._full_bytes_per_s, self.goodput_bytes_per_s)
         if sample.now_s < self._drain_until_s:
             return
         if queued:
-            # still standing: the link gives less than thought
-            self._full_bytes_per_s = min(self._full_bytes_per_s, self.goodput_bytes_per_s / DRAIN_RATIO)
-            self._set_cap(DRAIN_RATIO * min(self._full_bytes_per_s, self.goodput_bytes_per_s))
+            # still standing: what comes back now is all that the link gives
+            self._full_bytes_per_s = self.goodput_bytes_per_s
+            self._set_cap(DRAIN_RATIO * self._full_bytes_per_s)
             self._drain_until_s = sample.now_s + window
             return
         self._settle(sample, self._full_bytes_per_s * HEADROOM, window)
+        self._next_probe_s = sample.now_s + max(FULL_PAUSE_S, 4 * window)
 
     def _start_drain(self, sample: Sample, window: float) -> None:
         self.phase = Phase.DRAIN
         self._full_bytes_per_s = self.goodput_bytes_per_s
         self._set_cap(DRAIN_RATIO * self.goodput_bytes_per_s)
         self._drain_until_s = sample.now_s + window
-        self._history.clear()
-        self._history.append(sample)
 
     def _settle(self, sample: Sample, cap: float, window: float) -> None:
         self.phase = Phase.CRUISE
         self._set_cap(cap)
         self._step = PROBE
         self._next_probe_s = sample.now_s + 2 * window
-        self._history.clear()
-        self._history.append(sample)
 
     def _set_cap(self, value: float) -> None:
         self.cap_bytes_per_s = max(FLOOR_BYTES_PER_S, value)

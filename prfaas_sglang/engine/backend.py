@@ -70,6 +70,7 @@ class PrfaasManager(CommonKVManager):
                 on_progress=lambda room: self.update_status(room, KVPoll.Transferring),
                 on_done=lambda room: self.update_status(room, KVPoll.Success),
                 on_failed=self.fail,
+                connections=worker.connections,
             )
             logger.info("kv_import_ready layout=%s", layout.fingerprint())
         if worker.telemetry_listen and self.attn_tp_rank == 0:

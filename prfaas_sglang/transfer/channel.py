@@ -1,8 +1,8 @@
 """A connection between one prefill rank and one decode rank: handshake, a reader and a writer thread.
 
 Decides nothing about transfers: frames go to a `Handler`, and what to write next comes from the bundle.
-Guarantees: hellos and layouts were exchanged and compared before the first other frame; a silent peer is found
-within PING_S * MISSED; `Handler.lost` is called exactly once.
+Guarantees: hellos and layouts were exchanged and compared before the first other frame; a silent peer is
+found within PING_S * MISSED; `Handler.lost` is called exactly once.
 """
 
 from __future__ import annotations

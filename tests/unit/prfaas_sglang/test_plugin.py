@@ -55,6 +55,7 @@ def test_a_file_can_hold_the_configuration(tmp_path: Path) -> None:
         (GOOD.replace("}", ', "colour": 1}'), "colour"),
         (GOOD.replace("a-0", "a 0"), "worker_id: 'a 0' is not a name"),
         (GOOD.replace("}", ', "telemetry_listen": "9101"}'), "telemetry_listen: '9101' is not host:port"),
+        (GOOD.replace("}", ', "connections": 0}'), r"connections: 0 is not in 1\.\.64"),
         (GOOD.replace("}", ', "frame_bytes": 1}'), r"frame_bytes: 1 is not in 4096\.\.4194304"),
     ],
 )

@@ -1,0 +1,125 @@
+"""The rate controller against a fluid model of a link: it finds the rate, keeps queues short, follows drops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from prfaas_sglang.core.rate import RateController, Sample
+
+MBIT = 125_000.0
+STEP_S = 0.002
+SAMPLE_S = 0.02
+
+
+@dataclass
+class Link:
+    """A bottleneck with a queue, and kernel connections that keep `gain` times the pipe in flight.
+
+    Without a cap the kernels push until in-flight data reaches gain * bandwidth-delay product, as several bbr
+    connections do together; a cap bounds what leaves.
+    """
+
+    rate: Callable[[float], float]
+    rtt_s: float
+    gain: float = 2.0
+    queue_bytes: float = 0.0
+    acked: float = 0.0
+    now_s: float = 0.0
+    srtt_s: float = 0.0
+    pipe: list[float] = field(default_factory=list)
+
+    def step(self, cap: float | None, busy: bool = True) -> None:
+        """Advance by STEP_S."""
+        capacity = self.rate(self.now_s)
+        room = self.gain * capacity * self.rtt_s - self.queue_bytes - capacity * self.rtt_s
+        wish = capacity * 1.25 if room > 0 else capacity
+        sent = min(wish, cap if cap is not None else wish) * STEP_S if busy else 0.0
+        self.queue_bytes += sent
+        served = min(self.queue_bytes, capacity * STEP_S)
+        self.queue_bytes -= served
+        self.pipe.append(served)
+        if len(self.pipe) > self.rtt_s / STEP_S:
+            self.acked += self.pipe.pop(0)
+        rtt = self.rtt_s + self.queue_bytes / max(capacity, 1.0)
+        self.srtt_s += (rtt - self.srtt_s) * min(1.0, STEP_S / (self.rtt_s / 2)) if self.srtt_s else rtt
+        self.now_s += STEP_S
+
+
+@dataclass
+class Run:
+    """What happened, sampled every SAMPLE_S."""
+
+    times: list[float] = field(default_factory=list)
+    acked: list[float] = field(default_factory=list)
+    inflation: list[float] = field(default_factory=list)
+
+    def goodput(self, start_s: float, end_s: float) -> float:
+        a = next(i for i, t in enumerate(self.times) if t >= start_s)
+        b = next(i for i, t in enumerate(self.times) if t >= end_s)
+        return (self.acked[b] - self.acked[a]) / (self.times[b] - self.times[a])
+
+    def worst_inflation(self, start_s: float, end_s: float) -> float:
+        return max(r for t, r in zip(self.times, self.inflation, strict=True) if start_s <= t <= end_s)
+
+
+def simulate(link: Link, seconds: float, busy: Callable[[float], bool] = lambda now: True) -> Run:
+    """Drive a controller over a link."""
+    controller, run = RateController(), Run()
+    cap: float | None = None
+    next_sample = SAMPLE_S
+    while link.now_s < seconds:
+        link.step(cap, busy(link.now_s))
+        if link.now_s >= next_sample:
+            next_sample += SAMPLE_S
+            sample = Sample(link.now_s, int(link.acked), link.srtt_s, link.rtt_s, busy(link.now_s))
+            cap = controller.update(sample)
+            run.times.append(link.now_s)
+            run.acked.append(link.acked)
+            run.inflation.append(link.srtt_s / link.rtt_s)
+    return run
+
+
+@pytest.mark.parametrize("mbit", [20, 100, 1000, 10_000])
+@pytest.mark.parametrize("rtt_ms", [2, 10, 40, 150])
+def test_a_steady_link_is_filled_with_short_round_trips(mbit: int, rtt_ms: int) -> None:
+    """After start-up at least 93 % of the link, and round trips under 1.5 times the least."""
+    rtt = rtt_ms / 1000
+    run = simulate(Link(lambda now: mbit * MBIT, rtt), 40 * max(rtt, 0.05) + 2)
+    start = 20 * max(rtt, 0.05)
+    assert run.goodput(start, run.times[-1]) >= 0.93 * mbit * MBIT
+    limit = 1.5 if rtt_ms >= 10 else 4.0  # a few milliseconds of queue are many round trips there
+    assert run.worst_inflation(start, run.times[-1]) <= limit
+
+
+def test_a_drop_to_a_tenth_and_back_is_followed() -> None:
+    """1 Gbit/s, 100 Mbit/s from 4 s to 8 s: short round trips 2 s after the drop, full rate 2 s after."""
+
+    def rate(now: float) -> float:
+        return (100 if 4 <= now < 8 else 1000) * MBIT
+
+    run = simulate(Link(rate, 0.04), 12)
+    assert run.worst_inflation(6, 8) <= 1.5
+    assert run.goodput(6, 8) >= 0.9 * 100 * MBIT
+    assert run.goodput(10, 12 - 2 * SAMPLE_S) >= 0.93 * 1000 * MBIT
+
+
+def test_idle_spells_leave_the_cap_alone() -> None:
+    """A bundle that pauses for seconds starts again at the rate it had."""
+
+    def busy(now: float) -> bool:
+        return not 3 <= now < 6
+
+    run = simulate(Link(lambda now: 1000 * MBIT, 0.04), 8, busy)
+    assert run.goodput(6.2, 8 - 2 * SAMPLE_S) >= 0.9 * 1000 * MBIT
+
+
+def test_no_sample_gives_a_cap_of_nothing() -> None:
+    """A link that delivers nothing for a while never gets a cap below the floor."""
+    controller = RateController()
+    cap = None
+    for i in range(200):
+        cap = controller.update(Sample(i * SAMPLE_S, min(i, 50) * 100_000, 0.2, 0.04, True))
+    assert cap is None or cap >= 128 << 10
