@@ -5,7 +5,7 @@ link, together overfill it: queues stand, an urgent transfer waits behind them, 
 after every overflow. Capping the bundle just under what the link delivers keeps the queue empty at the same
 goodput (measured: docs/adr/0008). This controller finds that cap and follows it:
 
-    OPEN     no cap, until the link is full: round trips inflate, or goodput stops growing
+    OPEN     no cap, until the link is full: round trips inflate
     CRUISE   cap = goodput * HEADROOM; probes upward, faster each time a probe pays
     DRAIN    cap well under goodput until round trips are short again
 
@@ -25,7 +25,8 @@ class Sample:
 
     Attributes:
         now_s: monotonic time.
-        acked_bytes: bytes acknowledged so far, all connections.
+        acked_bytes: bytes that arrived so far as the peer's acknowledgements tell, selective ones included,
+            all connections.
         srtt_s: smoothed round trip, the median connection.
         min_rtt_s: least round trip seen, all connections.
         busy: bytes waited to be sent ever since the last sample; otherwise goodput says nothing of the link.
@@ -53,16 +54,20 @@ MIN_WINDOW_S = 0.06
 QUEUE_RATIO = 0.25
 MIN_QUEUE_S = 0.003
 #: Cap relative to the goodput measured when the link was full.
-HEADROOM = 0.98
+HEADROOM = 0.99
 DRAIN_RATIO = 0.8
+#: The same when the queue is deeper than a round trip: the link has become slower by far.
+DEEP_DRAIN_RATIO = 0.5
 #: After a probe has found the link full, the next one waits this long (and four windows at least).
-FULL_PAUSE_S = 0.5
+FULL_PAUSE_S = 0.8
 #: First probe, its growth with each probe that pays, and the largest.
 PROBE = 1.05
 PROBE_GROWTH = 2.0
 PROBE_MAX = 1.6
 #: A probe paid when goodput reaches this part of the cap.
 PAID = 0.9
+#: The cap is not raised further above goodput than this.
+REACH = 1.5
 #: Round trips after an idle spell until acknowledgements come at the sending rate.
 FILL_RTTS = 1.5
 FLOOR_BYTES_PER_S = 128 << 10
@@ -76,8 +81,6 @@ class RateController:
     cap_bytes_per_s: float | None = None
     goodput_bytes_per_s: float = 0.0
     _history: deque[Sample] = field(default_factory=deque)
-    _best: float = 0.0
-    _best_at_s: float = 0.0
     _next_probe_s: float = 0.0
     _step: float = PROBE
     _filling_until_s: float | None = None
@@ -96,7 +99,7 @@ class RateController:
         if self._filling_until_s is None:
             # the pipe is empty: for a round trip acknowledgements say nothing of the link either
             self._filling_until_s = sample.now_s + FILL_RTTS * sample.min_rtt_s
-            self._best_at_s = self._next_probe_s = self._filling_until_s
+            self._next_probe_s = self._filling_until_s
         if sample.now_s < self._filling_until_s:
             return self.cap_bytes_per_s
         history.append(sample)
@@ -123,12 +126,8 @@ class RateController:
         return max(MIN_WINDOW_S, WINDOW_RTTS * sample.min_rtt_s)
 
     def _open(self, sample: Sample, queued: bool, window: float) -> None:
-        if self.goodput_bytes_per_s > 1.15 * self._best:
-            self._best, self._best_at_s = self.goodput_bytes_per_s, sample.now_s
         if not queued:
             self._queued_since_s = None
-            if sample.now_s - self._best_at_s > 6 * window:
-                self._settle(sample, self._best * PROBE, window)
             return
         if self._queued_since_s is None:
             self._queued_since_s = sample.now_s
@@ -142,13 +141,13 @@ class RateController:
             return
         if sample.now_s < self._next_probe_s or self.cap_bytes_per_s is None:
             return
-        if self.goodput_bytes_per_s >= PAID * self.cap_bytes_per_s:
-            self.cap_bytes_per_s *= self._step
-            self._step = min(PROBE_MAX, 1 + (self._step - 1) * PROBE_GROWTH)
-            self._next_probe_s = sample.now_s + 2 * window
-        else:
-            # the link, or the sender, gives less than the cap: come back down to it
-            self._settle(sample, self.goodput_bytes_per_s * PROBE, window)
+        self._next_probe_s = sample.now_s + 2 * window
+        paid = self.goodput_bytes_per_s >= PAID * self.cap_bytes_per_s
+        # without a queue it is not the link that holds goodput under the cap: repaired losses, or the kernel's
+        # own ramp; the cap stays in reach above it
+        ceiling = max(self.cap_bytes_per_s, REACH * self.goodput_bytes_per_s)
+        self.cap_bytes_per_s = min(self.cap_bytes_per_s * self._step, ceiling)
+        self._step = min(PROBE_MAX, 1 + (self._step - 1) * PROBE_GROWTH) if paid else PROBE
 
     def _drain(self, sample: Sample, queued: bool, window: float) -> None:
         if queued:
@@ -158,7 +157,8 @@ class RateController:
         if queued:
             # still standing: what comes back now is all that the link gives
             self._full_bytes_per_s = self.goodput_bytes_per_s
-            self._set_cap(DRAIN_RATIO * self._full_bytes_per_s)
+            deep = sample.srtt_s > 2 * sample.min_rtt_s
+            self._set_cap((DEEP_DRAIN_RATIO if deep else DRAIN_RATIO) * self._full_bytes_per_s)
             self._drain_until_s = sample.now_s + window
             return
         self._settle(sample, self._full_bytes_per_s * HEADROOM, window)

@@ -149,7 +149,7 @@ class Bundle:
         return self._rate.update(
             Sample(
                 now_s=time.monotonic(),
-                acked_bytes=sum(i.acked_bytes for i in infos),
+                acked_bytes=sum(i.delivered_bytes for i in infos),
                 srtt_s=statistics.median(i.srtt_s for i in infos),
                 min_rtt_s=max(1e-5, min(i.min_rtt_s for i in infos)),
                 busy=busy,

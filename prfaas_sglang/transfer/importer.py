@@ -320,7 +320,7 @@ class Importer:
             if count:
                 views[0] = views[0][count:]
             if left:
-                wire.wait_readable()
+                wire.wait_readable(left)
         if left:
             self._discard(wire, left)
             return False

@@ -16,7 +16,8 @@ class TcpInfo:
 
     Attributes:
         srtt_s, min_rtt_s: smoothed and least round trip, seconds.
-        acked_bytes: payload acknowledged so far.
+        delivered_bytes: payload that arrived, as acknowledgements tell, selective ones included (in whole
+            segments; unlike the cumulative count it does not stand still while a loss is repaired).
         sent_bytes, retransmitted_bytes: payload put on the wire so far, the second part of the first.
         unacked_segments: segments in flight.
         unsent_bytes: accepted from us, not on the wire yet.
@@ -25,7 +26,7 @@ class TcpInfo:
 
     srtt_s: float
     min_rtt_s: float
-    acked_bytes: int
+    delivered_bytes: int
     sent_bytes: int
     retransmitted_bytes: int
     unacked_segments: int
@@ -41,7 +42,7 @@ def read_tcp_info(sock: socket.socket) -> TcpInfo:
     return TcpInfo(
         srtt_s=f[8 + 15] / 1e6,
         min_rtt_s=f[36 + 3] / 1e6,
-        acked_bytes=f[32 + 2],
+        delivered_bytes=f[46] * f[8 + 2],
         sent_bytes=f[48],
         retransmitted_bytes=f[48 + 1],
         unacked_segments=f[8 + 4],

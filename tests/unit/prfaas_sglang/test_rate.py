@@ -1,4 +1,4 @@
-"""The rate controller against a fluid model of a link: it finds the rate, keeps queues short, follows drops."""
+"""The rate controller against a fluid link: it finds the rate, keeps queues short, follows drops."""
 
 from __future__ import annotations
 
