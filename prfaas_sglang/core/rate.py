@@ -110,6 +110,11 @@ class RateController:
         if span < 0.5 * window:
             return self.cap_bytes_per_s
         self.goodput_bytes_per_s = (sample.acked_bytes - history[0].acked_bytes) / span
+        if not self.goodput_bytes_per_s:
+            # nothing arrives at all: a partition; what comes after it starts with an empty pipe
+            history.clear()
+            self._filling_until_s = None
+            return self.cap_bytes_per_s
         queue_s = sample.srtt_s - sample.min_rtt_s
         queued = queue_s > max(MIN_QUEUE_S, QUEUE_RATIO * sample.min_rtt_s)
         match self.phase:
@@ -143,8 +148,8 @@ class RateController:
             return
         self._next_probe_s = sample.now_s + 2 * window
         paid = self.goodput_bytes_per_s >= PAID * self.cap_bytes_per_s
-        # without a queue it is not the link that holds goodput under the cap: repaired losses, or the kernel's
-        # own ramp; the cap stays in reach above it
+        # without a queue it is not the link that holds goodput under the cap: repaired losses, or the
+        # kernel's own ramp; the cap stays in reach above it
         ceiling = max(self.cap_bytes_per_s, REACH * self.goodput_bytes_per_s)
         self.cap_bytes_per_s = min(self.cap_bytes_per_s * self._step, ceiling)
         self._step = min(PROBE_MAX, 1 + (self._step - 1) * PROBE_GROWTH) if paid else PROBE

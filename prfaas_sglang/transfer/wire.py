@@ -33,6 +33,7 @@ UNSENT_BYTES = 128 << 10
 #: A reader that waits for more than this is woken when this much is there.
 WAKE_BYTES = 48 << 10
 SO_MAX_PACING_RATE = 47
+TCP_RTO_MAX_MS = 44
 _UNLIMITED = (1 << 64) - 1
 
 Buffer = bytes | bytearray | memoryview
@@ -52,6 +53,8 @@ def tune(sock: socket.socket) -> None:
     """
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
+    with contextlib.suppress(OSError):  # Linux 6.15: after a partition, try again at least once a second
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS, 1000)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
