@@ -119,7 +119,10 @@ def build(family: str, out: Path, *, seed: int = 0) -> Path:
         raise ConfigError(f"family: {family!r} is unknown; accepted: {', '.join(FAMILIES)}")
     make_torchvision_importable()
     import torch
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     out.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -143,17 +146,23 @@ def cached(family: str, root: Path, *, seed: int = 0) -> Path:
     """Return the folder under `root` that holds the checkpoint, building it when it is not there.
 
     The folder's name says what it depends on: family, seed, builder and library versions.
-    Raises ConfigError for an unknown family, OSError when `root` cannot be written.
+    Raises ConfigError for an unknown family, or when `root` cannot be written.
     """
     versions = "-".join(importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers"))
     path = root / f"{family}-seed{seed}-b{BUILDER_VERSION}-{versions}"
     if (path / "config.json").is_file():
         return path
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=f".{family}-") as scratch:
-        built = build(family, Path(scratch) / "model", seed=seed)
-        with contextlib.suppress(OSError):  # another process was faster: its checkpoint is the same
-            built.rename(path)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=f".{family}-") as scratch:
+            built = build(family, Path(scratch) / "model", seed=seed)
+            with contextlib.suppress(OSError):  # another process was faster: its checkpoint is the same
+                built.rename(path)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot keep tiny checkpoints in {root}: {error.strerror}; "
+            "set PRFAAS_CACHE_DIR to a folder that can be written"
+        ) from error
     return path
 
 
