@@ -2,7 +2,8 @@
 
 Decides when to try again: as long as no byte went to the client, the deadline has not passed and a route
 without the suspected workers is left. Every attempt leaves at least one worker out of the next, so the
-number of attempts is bounded by the number of workers.
+number of attempts is bounded by the number of workers. A request on which workers broke is tried once more
+only: it may be the request that breaks them, and it must not take the whole fleet along.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from router.workers import Booking, WorkerTable
 
 PATHS = {Api.CHAT: "/v1/chat/completions", Api.COMPLETION: "/v1/completions", Api.GENERATE: "/generate"}
 _log = logging.getLogger(__name__)
+#: Workers that may break on one request before it is given up.
+MAX_BROKEN = 2
 #: Client headers that the workers get to see.
 _FORWARDED = ("Authorization", "traceparent", "tracestate")
 
@@ -147,6 +150,7 @@ class Server:
         total_tokens = record.prompt_tokens or 1
         excluded: set[WorkerId] = set()
         failure: Failure | None = None
+        broke = 0
         while True:
             request = Request(record.request_id, total_tokens, frozenset(excluded))
             now_s = loop.time()
@@ -173,7 +177,8 @@ class Server:
             failure = answer
             self.metrics.failures.labels(failure.side, failure.kind).inc()
             record.failures.append(f"{failure.side}:{failure.kind}:{failure.status}")
-            if failure.client_fault or loop.time() >= self._deadline(record, call):
+            broke += failure.hard
+            if failure.client_fault or broke >= MAX_BROKEN or loop.time() >= self._deadline(record, call):
                 return self._give_up(record, failure)
             excluded.add(_worker(decision, failure.suspect))
 

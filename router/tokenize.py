@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Tokenizer, processors  # type: ignore[import-
 from cache_service.core.blocks import block_hashes, event_namespace_seed
 from cache_service.core.errors import ConfigError
 from cache_service.core.ids import BlockHash
-from router.openai import ParsedRequest, RequestError
+from router.openai import Api, ParsedRequest, RequestError
 from router.template import ChatTemplate
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -77,11 +77,24 @@ class PromptTokenizer:
             self._set_bos(special.get("bos_token"), config.get("add_bos_token"))
         source = _template_source(model_path, config)
         self._template = ChatTemplate(source, special) if source else None
+        self._vocabulary = _vocabulary_size(model_path)
+
+    def _known(self, ids: list[int], api: Api) -> list[int]:
+        """Return `ids` if the model has embeddings for all of them; an unknown one can end a worker."""
+        largest = max(ids, default=0)
+        if self._vocabulary is not None and largest >= self._vocabulary:
+            field = "prompt" if api is Api.COMPLETION else "input_ids"
+            raise RequestError(
+                400,
+                f"{field}: token id {largest} is not in 0..{self._vocabulary - 1}, the model's vocabulary",
+                param=field,
+            )
+        return ids
 
     def encode(self, request: ParsedRequest) -> list[int]:
         """Return the token ids of a request's prompt. Raises RequestError. Blocks; linear in the prompt."""
         if isinstance(request.prompt, list):
-            return request.prompt
+            return self._known(request.prompt, request.api)
         if isinstance(request.prompt, str):
             return self._ids(request.prompt, special_tokens=True)
         if self._template is None:
@@ -149,6 +162,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"model.path: {path} does not hold a JSON object")
     return value
+
+
+def _vocabulary_size(model_path: Path) -> int | None:
+    """The number of embeddings that config.json tells, None when it does not."""
+    config = _read_json(model_path / "config.json")
+    text = config.get("text_config")
+    size = (text if isinstance(text, dict) else config).get("vocab_size")
+    return size if type(size) is int and size > 0 else None
 
 
 def _text(token: object) -> str | None:

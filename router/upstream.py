@@ -68,6 +68,11 @@ class Failure:
     message: str
     client_fault: bool = False
 
+    @property
+    def hard(self) -> bool:
+        """True when a worker had taken the request and broke, rather than being away, busy or slow."""
+        return self.kind is Kind.BROKEN or (self.kind is Kind.STATUS and self.status in (500, 502))
+
 
 @dataclass(frozen=True, slots=True)
 class Call:

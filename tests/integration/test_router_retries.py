@@ -185,3 +185,22 @@ async def test_answer_too_long_to_hold_is_refused(make: Make) -> None:
     response, got = await fleet.post(SHORT)
     assert response.status == 502
     assert "ask for a stream" in json.loads(got)["error"]["message"]
+
+
+async def test_a_request_that_breaks_workers_is_not_sent_to_all_of_them(make: Make) -> None:
+    """Two prefill workers break off on it: the third never sees it, and the client is told."""
+    fleet = await make(second_prefill=True)
+
+    async def cut(request: web.Request, _: dict[str, Any]) -> web.Response:
+        assert request.transport is not None
+        request.transport.close()
+        return web.Response()
+
+    prefills = [worker for name, worker in fleet.workers.items() if "prefill" in name]
+    assert len(prefills) == 3
+    for worker in prefills:
+        worker.script = cut
+    response, got = await fleet.post(LONG)
+    assert response.status == 502
+    assert b"broke off" in got
+    assert sum(len(worker.bodies) for worker in prefills) == 2

@@ -92,9 +92,10 @@ async def make(tmp_path: Path) -> AsyncIterator[Make]:
     """Return a function that starts a fleet; everything is stopped at the end."""
     started: list[Fleet] = []
 
-    async def start(*, second_decode: bool = False, **config: Any) -> Fleet:
+    async def start(*, second_decode: bool = False, second_prefill: bool = False, **config: Any) -> Fleet:
         rooms, index = Rooms(), FakeIndex()
-        names = ["a-prefill", "b-prefill", "b-decode"] + (["b-decode2"] if second_decode else [])
+        names = ["a-prefill", "b-prefill", "b-decode"]
+        names += (["b-decode2"] if second_decode else []) + (["a-prefill2"] if second_prefill else [])
         workers = {name: Worker(name.split("-")[1].rstrip("2"), rooms) for name in names}
         for worker in workers.values():
             await worker.start()

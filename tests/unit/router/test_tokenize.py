@@ -182,3 +182,15 @@ async def test_pool_works_beside_the_loop(model: Path) -> None:
     salted = await pool.prompt(parse(Api.COMPLETION, b'{"prompt": "hello", "cache_salt": "s"}'))
     assert salted.hashes == block_hashes(ids, 2, seed=event_namespace_seed("s"))
     pool.close()
+
+
+def test_an_unknown_token_id_is_refused_by_name(model: Path) -> None:
+    """An id past the embeddings would end a worker: 400 with the field and the range."""
+    (model / "config.json").write_text('{"vocab_size": 300}')
+    tokenizer = PromptTokenizer(model)
+    for api, field in ((Api.COMPLETION, "prompt"), (Api.GENERATE, "input_ids")):
+        body = {"model": "tiny", field: [1, 299]}
+        assert tokenizer.encode(parse(api, json.dumps(body).encode())) == [1, 299]
+        body[field] = [1, 300]
+        with pytest.raises(RequestError, match=rf"{field}: token id 300 is not in 0\.\.299"):
+            tokenizer.encode(parse(api, json.dumps(body).encode()))
