@@ -179,6 +179,20 @@ def _token_ids(value: list[Any], path: str) -> list[int]:
     return value
 
 
+def stop_token_ids(body: dict[str, Any]) -> tuple[list[int], str]:
+    """Return a body's stop token ids and the field they are in. Raises RequestError for a wrong type."""
+    sampling = body.get("sampling_params")
+    if isinstance(sampling, dict) and sampling.get("stop_token_ids") is not None:
+        value, path = sampling["stop_token_ids"], "sampling_params.stop_token_ids"
+    else:
+        value, path = body.get("stop_token_ids"), "stop_token_ids"
+    if value is None:
+        return [], path
+    if not isinstance(value, list):
+        raise _wrong(path, "an array of token ids", value)
+    return _token_ids(value, path), path
+
+
 def _single_prompt(value: object, path: str) -> tuple[str | list[int], bool]:
     """Return (prompt, came as a list of one) from text, token ids, or a list with one of either."""
     listed = False

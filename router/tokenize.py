@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Tokenizer, processors  # type: ignore[import-
 from cache_service.core.blocks import block_hashes, event_namespace_seed
 from cache_service.core.errors import ConfigError
 from cache_service.core.ids import BlockHash
-from router.openai import Api, ParsedRequest, RequestError
+from router.openai import Api, ParsedRequest, RequestError, stop_token_ids
 from router.template import ChatTemplate
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -79,11 +79,10 @@ class PromptTokenizer:
         self._template = ChatTemplate(source, special) if source else None
         self._vocabulary = _vocabulary_size(model_path)
 
-    def _known(self, ids: list[int], api: Api) -> list[int]:
+    def _known(self, ids: list[int], field: str) -> list[int]:
         """Return `ids` if the model has embeddings for all of them; an unknown one can end a worker."""
         largest = max(ids, default=0)
         if self._vocabulary is not None and largest >= self._vocabulary:
-            field = "prompt" if api is Api.COMPLETION else "input_ids"
             raise RequestError(
                 400,
                 f"{field}: token id {largest} is not in 0..{self._vocabulary - 1}, the model's vocabulary",
@@ -93,8 +92,11 @@ class PromptTokenizer:
 
     def encode(self, request: ParsedRequest) -> list[int]:
         """Return the token ids of a request's prompt. Raises RequestError. Blocks; linear in the prompt."""
+        stops, where = stop_token_ids(request.body)
+        self._known(stops, where)
         if isinstance(request.prompt, list):
-            return self._known(request.prompt, request.api)
+            field = "prompt" if request.api is Api.COMPLETION else "input_ids"
+            return self._known(request.prompt, field)
         if isinstance(request.prompt, str):
             return self._ids(request.prompt, special_tokens=True)
         if self._template is None:

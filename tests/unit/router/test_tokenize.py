@@ -194,3 +194,20 @@ def test_an_unknown_token_id_is_refused_by_name(model: Path) -> None:
         body[field] = [1, 300]
         with pytest.raises(RequestError, match=rf"{field}: token id 300 is not in 0\.\.299"):
             tokenizer.encode(parse(api, json.dumps(body).encode()))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_unknown_stop_token_ids_are_refused(model: Path, nested: bool) -> None:
+    """The engine indexes its penalty rows with them: out of range would end a worker."""
+    (model / "config.json").write_text('{"vocab_size": 300}')
+    tokenizer = PromptTokenizer(model)
+
+    def body(ids: object) -> bytes:
+        where = {"sampling_params": {"stop_token_ids": ids}} if nested else {"stop_token_ids": ids}
+        return json.dumps({"model": "tiny", "input_ids" if nested else "prompt": [1], **where}).encode()
+
+    api = Api.GENERATE if nested else Api.COMPLETION
+    assert tokenizer.encode(parse(api, body([299]))) == [1]
+    for ids, message in (([300], r"stop_token_ids: token id 300"), (7, "stop_token_ids: expected an array")):
+        with pytest.raises(RequestError, match=message):
+            tokenizer.encode(parse(api, body(ids)))
