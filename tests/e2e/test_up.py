@@ -71,6 +71,8 @@ def test_a_prompt_longer_than_the_context_is_refused(fleet: Up) -> None:
         (b'{"model": "gdn", "prompt": {"a": 1}}', 400, "prompt"),
         (b'{"model": "gdn", "prompt": "x", "max_tokens": "many"}', 400, "max_tokens"),
         (b"[]", 400, "object"),
+        (b'{"model": "gdn", "prompt": [1, 999999]}', 400, "vocabulary"),
+        (b'{"model": "gdn", "prompt": "x", "stop_token_ids": [999999]}', 400, "vocabulary"),
     ],
 )
 def test_a_wrong_body_gets_a_clear_error(fleet: Up, body: bytes, status: int, word: str) -> None:
