@@ -12,13 +12,13 @@ from pathlib import Path
 import msgspec
 import yaml
 
+from cache_service.core.addresses import split_address
 from cache_service.core.errors import ConfigError
 from cache_service.core.ids import Namespace, SiteId, SourceId, WorkerId, parse_name
 
 MAX_WORKERS = 4096
 _TCP = re.compile(r"tcp://(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
 _IPC = re.compile(r"ipc://.+")
-_LISTEN = re.compile(r"(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
 
 
 class NamespaceConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -111,19 +111,11 @@ def parse(text: str) -> CacheConfig:
     return config
 
 
-def split_listen(listen: str, *, field: str) -> tuple[str, int]:
-    """Return host and port of "host:port"; port 0 asks the system for a free one."""
-    found = _LISTEN.fullmatch(listen)
-    if not found or int(found[2]) > 65535:
-        raise ConfigError(f"{field}: {listen!r} is not host:port, such as 127.0.0.1:7001 or [::1]:7001")
-    return found[1].strip("[]"), int(found[2])
-
-
 def _check(config: CacheConfig) -> None:
     parse_name(config.site, field="site")
-    split_listen(config.listen, field="listen")
+    split_address(config.listen, field="listen")
     if config.metrics_listen is not None:
-        split_listen(config.metrics_listen, field="metrics_listen")
+        split_address(config.metrics_listen, field="metrics_listen")
         if config.metrics_listen == config.listen and not config.listen.endswith(":0"):
             raise ConfigError(
                 f"metrics_listen: {config.metrics_listen!r} is also `listen`; give another port"

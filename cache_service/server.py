@@ -19,7 +19,8 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
 from cache_service import logs
-from cache_service.config import CacheConfig, split_listen
+from cache_service.config import CacheConfig
+from cache_service.core.addresses import split_address
 from cache_service.core.errors import ConfigError, PrfaasError, RemoteProtocolError
 from cache_service.core.ids import SiteId
 from cache_service.http import HttpSide
@@ -98,7 +99,7 @@ class CacheServer:
         """Listen, then follow the workers. Raises ConfigError when an address cannot be had; then `stop`."""
         self._server = self._grpc_server()
         if self._config.metrics_listen is not None:
-            host, port = split_listen(self._config.metrics_listen, field="metrics_listen")
+            host, port = split_address(self._config.metrics_listen, field="metrics_listen")
             self._http = await HttpSide.listen(host, port, self._registry, self.health)
             self.metrics_port = self._http.port
         self._context = zmq.asyncio.Context()
@@ -130,7 +131,7 @@ class CacheServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-        host, port = split_listen(self._config.listen, field="listen")
+        host, port = split_address(self._config.listen, field="listen")
         try:
             self.port = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         except RuntimeError as error:

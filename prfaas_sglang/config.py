@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from cache_service.core.addresses import split_address
 from cache_service.core.errors import ConfigError
 from cache_service.core.ids import parse_name
 
@@ -50,14 +51,6 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
         if not 1 <= self.connections <= 64:
             raise ConfigError(f"{ENVIRONMENT_VARIABLE}.connections: {self.connections} is not in 1..64")
-
-
-def split_address(text: str, *, field: str) -> tuple[str, int]:
-    """Split "host:port" ("[v6]:port"). Raises ConfigError naming `field`."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isascii() or not port.isdigit() or not 0 <= int(port) <= 65535:
-        raise ConfigError(f"{field}: {text!r} is not host:port")
-    return host.strip("[]"), int(port)
 
 
 def load(environment: Mapping[str, str] = os.environ) -> WorkerConfig | None:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import msgspec
 import yaml
 
+from cache_service.core.addresses import split_address
 from cache_service.core.errors import ConfigError
 from cache_service.core.ids import parse_name
 from router.core.model import PolicyName
@@ -141,14 +142,6 @@ def parse(data: object) -> RouterConfig:
     _check_workers(config)
     _check_links(config)
     return config
-
-
-def split_address(text: str, *, field: str) -> tuple[str, int]:
-    """Split "host:port" or "[v6]:port". Raises ConfigError naming `field`."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
-        raise ConfigError(f"{field}: {text!r} is not host:port, such as 127.0.0.1:8000")
-    return host.strip("[]"), int(port)
 
 
 def _with_path(message: str) -> str:

@@ -11,8 +11,9 @@ import asyncio
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
+from cache_service.core.addresses import split_address
 from router.app import DRAINING, build
-from router.config import RouterConfig, split_address
+from router.config import RouterConfig
 from router.index import PrefixIndex
 from router.metrics import RouterMetrics
 from router.serve import Server

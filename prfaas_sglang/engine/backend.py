@@ -23,9 +23,9 @@ from sglang.srt.disaggregation.common.conn import (
 )
 from sglang.srt.disaggregation.utils import DisaggregationMode
 
+from cache_service.core.addresses import split_address
 from cache_service.core.errors import ConfigError, PrfaasError
 from prfaas_sglang import config
-from prfaas_sglang.config import split_address
 from prfaas_sglang.core.framing import Grant
 from prfaas_sglang.engine import pools
 from prfaas_sglang.transfer import telemetry
