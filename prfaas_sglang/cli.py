@@ -29,6 +29,8 @@ the smallest fleet file:
   sites:
     - {name: A, workers: [{name: a-prefill, role: prefill}]}
     - {name: B, workers: [{name: b-prefill, role: prefill}, {name: b-decode, role: decode}]}
+  links:
+    - {src: A, dst: B, gbps: 10}
 
 Every key with its default: prfaas_sglang/fleet/config.py; a commented file: `prfaas up --print-example`.
 Ctrl-C stops everything that was started.
@@ -74,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     up.set_defaults(run=_up)
 
     demo = _command(commands, "demo", "watch prompts cross between two sites on this machine", DEMO_EXAMPLE)
-    demo.add_argument("-f", "--file", type=Path, metavar="FILE", help="another fleet file than the demo's")
+    demo.add_argument(
+        "-f", "--file", "--config", type=Path, metavar="FILE", help="another fleet file than the demo's"
+    )
     demo.add_argument("--backend", choices=["prfaas", "mooncake_tcp"], help="how KV moves")
     demo.add_argument("--run-dir", type=Path, metavar="DIR", help="logs go here (default: runs/DATE-TIME)")
     demo.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")

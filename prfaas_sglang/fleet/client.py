@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,7 @@ async def chat(
     text: list[str] = []
     ids: list[int] = []
     usage: dict[str, Any] = {}
-    async with session.post(f"{url}/v1/chat/completions", json=body, timeout=TIMEOUT) as response:
+    async with _asked(session, url, body) as response:
         if response.status != 200:
             raise WorkerUnavailable(f"{url} answered {response.status}: {(await response.text())[:500]}")
         headers = {
@@ -95,12 +96,27 @@ async def chat(
     )
 
 
+@contextlib.asynccontextmanager
+async def _asked(
+    session: aiohttp.ClientSession, url: str, body: Mapping[str, Any]
+) -> AsyncIterator[aiohttp.ClientResponse]:
+    """Post a chat request. Raises WorkerUnavailable for a connection that fails or is cut."""
+    try:
+        async with session.post(f"{url}/v1/chat/completions", json=body, timeout=TIMEOUT) as response:
+            yield response
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise WorkerUnavailable(f"{url} cannot be reached: {error!r}") from error
+
+
 async def transfer_bytes(session: aiohttp.ClientSession, telemetry_url: str, room: int) -> int | None:
     """Return the bytes that a prefill worker sent for a room, None when it does not tell in time."""
     deadline = time.monotonic() + TELEMETRY_WAIT_S
     while time.monotonic() < deadline:
-        async with session.get(f"{telemetry_url}/transfers?room={room}", timeout=TIMEOUT) as response:
-            records = (await response.json())["transfers"] if response.status == 200 else []
+        try:
+            async with session.get(f"{telemetry_url}/transfers?room={room}", timeout=TIMEOUT) as response:
+                records = (await response.json())["transfers"] if response.status == 200 else []
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise WorkerUnavailable(f"{telemetry_url} cannot be reached: {error!r}") from error
         if records:
             return int(records[-1]["bytes"])
         await asyncio.sleep(0.02)

@@ -6,7 +6,6 @@ path and says what is accepted.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -15,12 +14,36 @@ import yaml
 
 from cache_service.core.errors import ConfigError
 from cache_service.core.ids import parse_name
+from prfaas_sglang.config import ENVIRONMENT_VARIABLE, WorkerConfig
+from prfaas_sglang.fleet.explain import StrictLoader, explain
 
 #: What `model.path: tiny:FAMILY` builds; the families themselves are in prfaas_sglang/cpu/models.py.
 TINY = "tiny:"
 TINY_FAMILIES = ("dense", "gdn", "gdn-moe", "swa")
 
 Role = Literal["prefill", "decode"]
+
+#: Names (and logs) of the processes beside the workers.
+OTHER_PROCESSES = ("router", "cache-service", "zygote", "model", "reference")
+
+#: SGLang flags that follow from other fields of the file: in `args` they would contradict the launcher.
+OWN_FLAGS = {
+    "--model-path": "model.path",
+    "--model": "model.path",
+    "--served-model-name": "model.name",
+    "--device": "engine.device",
+    "--page-size": "engine.page_size",
+    "--context-length": "engine.context_length",
+    "--max-total-tokens": "engine.max_total_tokens",
+    "--chunked-prefill-size": "engine.chunked_prefill_size",
+    "--max-running-requests": "engine.max_running_requests",
+    "--host": "sites[].workers[].host",
+    "--port": "sites[].workers[].port",
+    "--disaggregation-mode": "sites[].workers[].role",
+    "--disaggregation-transfer-backend": "transfer.backend",
+    "--disaggregation-bootstrap-port": "sites[].workers[].bootstrap_port",
+    "--kv-events-config": "nothing: the launcher connects the cache service",
+}
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -69,9 +92,22 @@ class Engine(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Transfer(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How KV moves: our backend, or SGLang's stock TCP one for comparison."""
+    """How KV moves.
+
+    Attributes:
+        backend: prfaas, or mooncake_tcp: SGLang's stock TCP backend, for comparison.
+        frame_bytes, connections: passed on to every worker (prfaas_sglang/config.py has the defaults);
+            prfaas only.
+    """
 
     backend: Literal["prfaas", "mooncake_tcp"] = "prfaas"
+    frame_bytes: int | None = None
+    connections: int | None = None
+
+    def worker_options(self) -> dict[str, int]:
+        """What is passed on to every worker."""
+        given = {"frame_bytes": self.frame_bytes, "connections": self.connections}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class Routing(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -90,6 +126,7 @@ class Worker(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         host: address it listens on and is reached at.
         port: HTTP port.
         bootstrap_port: where a prefill worker accepts decode workers.
+        gpus: GPU indices of this worker (device cuda); by default the n-th worker has the n-th GPU.
         args: more SGLang flags for this worker.
     """
 
@@ -98,6 +135,7 @@ class Worker(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 0
     bootstrap_port: int = 0
+    gpus: list[int] = []
     args: list[str] = []
 
 
@@ -150,6 +188,20 @@ class Fleet(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
             return self.router.site
         return next(s.name for s in self.sites if any(w.role == "decode" for w in s.workers))
 
+    def fixed_ports(self) -> list[tuple[str, str, int]]:
+        """Every port that the file gives, as (field, host, port)."""
+        fields = [
+            ("router.port", self.router.host, self.router.port),
+            ("cache_service.port", self.cache_service.host, self.cache_service.port),
+            ("cache_service.metrics_port", self.cache_service.host, self.cache_service.metrics_port),
+        ]
+        for i, site in enumerate(self.sites):
+            for j, worker in enumerate(site.workers):
+                field = f"sites[{i}].workers[{j}]"
+                fields.append((f"{field}.port", worker.host, worker.port))
+                fields.append((f"{field}.bootstrap_port", worker.host, worker.bootstrap_port))
+        return [entry for entry in fields if entry[2]]
+
     def workers(self) -> list[tuple[Site, Worker]]:
         """Every worker with its site, in file order."""
         return [(site, worker) for site in self.sites for worker in site.workers]
@@ -167,7 +219,7 @@ def load(path: Path) -> Fleet:
 def parse(text: str, *, where: str = "fleet file") -> Fleet:
     """Check the text of a fleet file. Raises ConfigError naming `where` and the field."""
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
@@ -176,17 +228,10 @@ def parse(text: str, *, where: str = "fleet file") -> Fleet:
         fleet = msgspec.convert(data, Fleet)
         _check(fleet)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{where}: {_with_path(str(error))}") from error
+        raise ConfigError(f"{where}: {explain(error, Fleet)}") from error
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     return fleet
-
-
-def _with_path(message: str) -> str:
-    """Turn msgspec's "Expected `int` - at `$.a[0].b`" into "a[0].b: expected `int`"."""
-    found = re.fullmatch(r"(.*) - at `(?:key in )?\$\.?(.*)`", message, re.DOTALL)
-    what, path = (found[1], found[2]) if found else (message, "")
-    return f"{path or 'fleet'}: {what[:1].lower()}{what[1:]}"
 
 
 def _check(fleet: Fleet) -> None:
@@ -205,19 +250,71 @@ def _check(fleet: Fleet) -> None:
         raise ConfigError("sites: no worker has role decode; at least one site must decode")
     if not any(w.role == "prefill" for _, w in fleet.workers()):
         raise ConfigError("sites: no worker has role prefill; at least one site must prefill")
+    site = fleet.router.site
+    if site and site not in sites:
+        raise ConfigError(f"router.site: no site is named {site!r}; sites: {', '.join(sites)}")
+    if not any(w.role == "decode" for s, w in fleet.workers() if s.name == fleet.router_site()):
+        raise ConfigError(f"router.site: site {fleet.router_site()!r} has no decode worker")
+    _check_links(fleet, sites)
+    for i, owner in enumerate(fleet.sites):
+        for j, worker in enumerate(owner.workers):
+            _check_worker(f"sites[{i}].workers[{j}]", worker, fleet)
+            _check_use(f"sites[{i}].workers[{j}]", owner, worker, fleet)
+
+
+def _check_links(fleet: Fleet, sites: list[str]) -> None:
+    seen: dict[tuple[str, str], int] = {}
     for i, link in enumerate(fleet.links):
         for side in ("src", "dst"):
             if getattr(link, side) not in sites:
                 raise ConfigError(
                     f"links[{i}].{side}: no site is named {getattr(link, side)!r}; sites: {', '.join(sites)}"
                 )
+        if link.src == link.dst:
+            raise ConfigError(f"links[{i}].dst: is {link.dst!r} like src; a link joins two sites")
+        if (link.src, link.dst) in seen:
+            raise ConfigError(
+                f"links[{i}]: {link.src} -> {link.dst} is also links[{seen[link.src, link.dst]}]"
+            )
+        seen[link.src, link.dst] = i
         if not 0 < link.gbps <= 100_000:
             raise ConfigError(f"links[{i}].gbps: {link.gbps:g} is not in 0..100000")
-    site = fleet.router.site
-    if site and site not in sites:
-        raise ConfigError(f"router.site: no site is named {site!r}; sites: {', '.join(sites)}")
-    if not any(w.role == "decode" for s, w in fleet.workers() if s.name == fleet.router_site()):
-        raise ConfigError(f"router.site: site {fleet.router_site()!r} has no decode worker")
+
+
+def _check_use(field: str, site: Site, worker: Worker, fleet: Fleet) -> None:
+    """Refuse a worker that could never get a request."""
+    home = fleet.router_site()
+    if site.name == home:
+        return
+    if worker.role == "decode":
+        raise ConfigError(
+            f"{field}.role: decode in site {site.name!r} would never be used; the router stands in {home!r} "
+            "and sends to the decode workers there"
+        )
+    if not any(link.src == site.name and link.dst == home for link in fleet.links):
+        raise ConfigError(
+            f"{field}: would never be used, there is no link from {site.name!r} to {home!r}; add "
+            f"{{src: {site.name}, dst: {home}, gbps: 10}} to links"
+        )
+
+
+def _check_worker(field: str, worker: Worker, fleet: Fleet) -> None:
+    if worker.name in OTHER_PROCESSES:
+        raise ConfigError(f"{field}.name: {worker.name!r} is the name of a process of the launcher's own")
+    _check_args(f"{field}.args", worker.args)
+    if worker.bootstrap_port and worker.role != "prefill":
+        raise ConfigError(f"{field}.bootstrap_port: only prefill workers have one")
+    if worker.gpus and fleet.engine.device != "cuda":
+        raise ConfigError(f"{field}.gpus: engine.device is {fleet.engine.device}; accepted with cuda only")
+    if any(gpu < 0 for gpu in worker.gpus) or len(set(worker.gpus)) != len(worker.gpus):
+        raise ConfigError(f"{field}.gpus: {worker.gpus} is not a list of different GPU indices from 0 on")
+
+
+def _check_args(field: str, args: list[str]) -> None:
+    for i, arg in enumerate(args):
+        owner = OWN_FLAGS.get(arg.partition("=")[0])
+        if owner:
+            raise ConfigError(f"{field}[{i}]: {arg.partition('=')[0]} is set from {owner}")
 
 
 def _check_engine(fleet: Fleet) -> None:
@@ -238,8 +335,22 @@ def _check_engine(fleet: Fleet) -> None:
             f"engine.chunked_prefill_size: {engine.chunked_prefill_size} is not a multiple of "
             f"page_size {engine.page_size}"
         )
+    _check_args("engine.args", engine.args)
+    _check_transfer(fleet.transfer)
     if fleet.routing.threshold_tokens < 0:
         raise ConfigError(f"routing.threshold_tokens: {fleet.routing.threshold_tokens} is below 0")
+
+
+def _check_transfer(transfer: Transfer) -> None:
+    options = transfer.worker_options()
+    if options and transfer.backend != "prfaas":
+        raise ConfigError(
+            f"transfer.{next(iter(options))}: backend is {transfer.backend}; accepted with prfaas only"
+        )
+    try:
+        msgspec.structs.replace(WorkerConfig(worker_id="any", site="any"), **options).check()
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(ENVIRONMENT_VARIABLE, "transfer")) from error
 
 
 def _check_model(model: Model) -> None:
@@ -260,23 +371,12 @@ def _check_model(model: Model) -> None:
 
 def _check_ports(fleet: Fleet) -> None:
     taken: dict[tuple[str, int], str] = {}
-    fixed = [
-        ("router.port", fleet.router.host, fleet.router.port),
-        ("cache_service.port", fleet.cache_service.host, fleet.cache_service.port),
-        ("cache_service.metrics_port", fleet.cache_service.host, fleet.cache_service.metrics_port),
-    ]
-    for i, site in enumerate(fleet.sites):
-        for j, worker in enumerate(site.workers):
-            field = f"sites[{i}].workers[{j}]"
-            fixed.append((f"{field}.port", worker.host, worker.port))
-            fixed.append((f"{field}.bootstrap_port", worker.host, worker.bootstrap_port))
-    for field, host, port in fixed:
-        if not 0 <= port <= 65535:
+    for field, host, port in fleet.fixed_ports():
+        if not 1 <= port <= 65535:
             raise ConfigError(f"{field}: {port} is not a port; accepted: 1..65535, 0 to choose a free one")
-        if port and (host, port) in taken:
+        if (host, port) in taken:
             raise ConfigError(f"{field}: {host}:{port} is also {taken[host, port]}")
-        if port:
-            taken[host, port] = field
+        taken[host, port] = field
 
 
 def _unique(names: list[tuple[str, str]]) -> list[str]:

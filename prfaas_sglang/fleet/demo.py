@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +14,21 @@ import aiohttp
 from msgspec import structs
 from rich.console import Console
 
+from cache_service.core.errors import ConfigError, Unavailable
 from prfaas_sglang.fleet import client, config, report, up
 from prfaas_sglang.fleet.config import Fleet
-from prfaas_sglang.fleet.launch import Launcher, StopRequested, stop_on_signals
+from prfaas_sglang.fleet.launch import Launcher
 from prfaas_sglang.fleet.progress import Progress
+from prfaas_sglang.fleet.signals import StopRequested, stop_on_signals
 from prfaas_sglang.fleet.specs import Plan
 from prfaas_sglang.fleet.workload import Agent, agents
 
 #: Agents that talk at the same time.
 CONCURRENCY = 3
+#: How long the end of a process may come after the request that it broke.
+DEATH_NOTICE_S = 1.0
+#: SGLang takes 5 s to drain what the demo knows to be idle.
+IDLE_GRACE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,30 +55,37 @@ def run(
     progress = Progress(console)
     fleet = config.load(file) if file else config.parse(up.example(), where="demo.yaml")
     if backend:
-        fleet = structs.replace(fleet, transfer=config.Transfer(backend=backend))
+        fleet = structs.replace(fleet, transfer=structs.replace(fleet.transfer, backend=backend))
+    if json_file and not _writable(json_file):
+        raise ConfigError(f"--json: cannot write {json_file}")
     directory = up.prepare(run_dir)
     progress.note(f"demo: {describe(fleet)}; logs in {directory}")
-    stop = threading.Event()
-    restore = stop_on_signals(stop)
-    try:
-        with Launcher(fleet, directory, progress) as launcher:
-            ready_s = time.monotonic() - started
-            verdict = asyncio.run(_drive(launcher, progress))
-            console.print(report.table(verdict.rows))
-            say_verdict(progress, verdict, ready_s, time.monotonic() - started)
-            if json_file:
-                result = {"seconds": progress.seconds, "backend": fleet.transfer.backend, **verdict.to_json()}
-                json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            if keep and launcher.plan is not None:
-                progress.note(f"kept: {up.curl(launcher.plan.router_url, fleet.model.served_name)}")
-                launcher.watch(stop)
-    except StopRequested as request:
-        progress.note(f"{request}: stopped everything")
-        if not keep:
-            return 130
-    finally:
-        restore()
+    verdict: report.Verdict | None = None
+    with stop_on_signals() as stop:
+        try:
+            with Launcher(fleet, directory, progress) as launcher:
+                ready_s = time.monotonic() - started
+                verdict = _drive(launcher, progress)
+                console.print(report.table(verdict.rows))
+                say_verdict(progress, verdict, ready_s, time.monotonic() - started)
+                if json_file:
+                    result = {"seconds": progress.seconds, "backend": fleet.transfer.backend}
+                    json_file.write_text(json.dumps(result | verdict.to_json(), indent=1) + "\n", "utf-8")
+                if keep and launcher.plan is not None:
+                    launcher.stop_reference()
+                    progress.note(f"kept: {up.curl(launcher.plan.router_url, fleet.model.served_name)}")
+                    launcher.watch(stop)
+                launcher.grace_s = IDLE_GRACE_S
+        except StopRequested as request:
+            progress.note(f"{request}: stopped everything")
+            if verdict is None or not keep:
+                return 130
     return 0 if verdict.ok else 1
+
+
+def _writable(path: Path) -> bool:
+    """True when a file can be made or replaced there; found out before the work, not after."""
+    return not path.is_dir() and os.access(path if path.exists() else path.absolute().parent, os.W_OK)
 
 
 def describe(fleet: Fleet) -> str:
@@ -102,28 +115,48 @@ def say_verdict(progress: Progress, verdict: report.Verdict, ready_s: float, tot
     progress.note(f"{verdict.identical} of {len(verdict.rows)} outputs identical to a single SGLang server")
 
 
-async def _drive(launcher: Launcher, progress: Progress) -> report.Verdict:
-    plan, fleet = launcher.plan, launcher.fleet
-    assert plan is not None
+def _drive(launcher: Launcher, progress: Progress) -> report.Verdict:
+    """Run the workload on the fleet, then on a single server; compare."""
+    assert launcher.plan is not None
     everyone = agents()
-    turns = sum(len(agent.questions) for agent in everyone)
-    model = fleet.model.served_name
-    async with aiohttp.ClientSession() as session:
-        with progress.step(f"{turns} requests from {len(everyone)} agents"):
-            exchanges = await _converse(session, plan.router_url, model, everyone, progress)
-        with progress.step("KV bytes read from the workers' telemetry"):
-            moved = [await _bytes_of(session, plan, exchange) for exchange in exchanges]
+    try:
+        exchanges, moved = asyncio.run(_ask_fleet(launcher.plan, launcher.fleet, everyone, progress))
         with progress.step("single SGLang server ready, as the reference"):
-            reference_url = await asyncio.to_thread(launcher.start_reference)
+            reference_url = launcher.start_reference()
         with progress.step("the same prompts on the single server"):
-            expected = await _ask_again(session, reference_url, model, exchanges, progress)
+            model = launcher.fleet.model.served_name
+            expected = asyncio.run(_ask_again(reference_url, model, exchanges, progress))
+    except Unavailable:
+        _look_for_deaths(launcher)
+        raise
     launcher.check()
     rows = tuple(
         _row(exchange, count, answer)
         for exchange, count, answer in zip(exchanges, moved, expected, strict=True)
     )
-    sites = dict.fromkeys(s.name for s, w in fleet.workers() if w.role == "prefill")
+    sites = dict.fromkeys(s.name for s, w in launcher.fleet.workers() if w.role == "prefill")
     return report.Verdict(rows, tuple(sites))
+
+
+def _look_for_deaths(launcher: Launcher) -> None:
+    """Raise ProcessDied when a failed request comes from a process that ended: that is the better message."""
+    deadline = time.monotonic() + DEATH_NOTICE_S
+    while time.monotonic() < deadline:
+        launcher.check()
+        time.sleep(0.1)
+
+
+async def _ask_fleet(
+    plan: Plan, fleet: Fleet, everyone: list[Agent], progress: Progress
+) -> tuple[list[Exchange], list[int | None]]:
+    """Let the agents talk; return their exchanges and how many KV bytes each moved."""
+    turns = sum(len(agent.questions) for agent in everyone)
+    async with aiohttp.ClientSession() as session:
+        with progress.step(f"{turns} requests from {len(everyone)} agents"):
+            exchanges = await _converse(session, plan.router_url, fleet.model.served_name, everyone, progress)
+        with progress.step("KV bytes read from the workers' telemetry"):
+            moved = [await _bytes_of(session, plan, exchange) for exchange in exchanges]
+    return exchanges, moved
 
 
 async def _converse(
@@ -145,21 +178,25 @@ async def _converse(
                     advance()
             return done
 
-        # the first agent goes ahead: the others find its system prompt cached
-        first = await talk(everyone[0])
-        others = await asyncio.gather(*(talk(agent) for agent in everyone[1:]))
-    return first + [exchange for done in others for exchange in done]
+        # the first agent of each system prompt goes ahead: the others find the prompt cached
+        first = {agent.system: agent for agent in reversed(everyone)}
+        leaders = [agent for agent in everyone if first[agent.system] is agent]
+        followers = [agent for agent in everyone if agent not in leaders]
+        done = dict(zip(leaders, await asyncio.gather(*map(talk, leaders)), strict=True))
+        done |= zip(followers, await asyncio.gather(*map(talk, followers)), strict=True)
+    return [exchange for agent in everyone for exchange in done[agent]]
 
 
 async def _ask_again(
-    session: aiohttp.ClientSession, url: str, model: str, exchanges: list[Exchange], progress: Progress
+    url: str, model: str, exchanges: list[Exchange], progress: Progress
 ) -> list[client.Answer]:
     answers = []
-    with progress.bar(len(exchanges)) as advance:
-        for exchange in exchanges:
-            tokens = exchange.agent.max_tokens
-            answers.append(await client.chat(session, url, model, exchange.messages, max_tokens=tokens))
-            advance()
+    async with aiohttp.ClientSession() as session:
+        with progress.bar(len(exchanges)) as advance:
+            for exchange in exchanges:
+                tokens = exchange.agent.max_tokens
+                answers.append(await client.chat(session, url, model, exchange.messages, max_tokens=tokens))
+                advance()
     return answers
 
 

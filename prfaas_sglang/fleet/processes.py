@@ -1,16 +1,22 @@
-"""Running processes of a fleet, forked from the zygote or started plainly, behind one small interface."""
+"""Running processes of a fleet, forked from the zygote or started plainly, behind one small interface.
+
+Single-threaded on purpose: a signal must be able to end every wait at once, and the parent-death signal of a
+plain child comes when the *thread* that started it ends (prctl(2)).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import http.client
 import os
 import signal
 import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +25,12 @@ from prfaas_sglang.cpu.zygote import Zygote
 
 TAIL_LINES = 15
 POLL_S = 0.1
+HEALTH_TIMEOUT_S = 2.0
 _PR_SET_PDEATHSIG = 1
+
+
+#: Straight to the process: a proxy from the environment has no business between us and it.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class ProcessDied(Unavailable):
@@ -66,7 +77,10 @@ class Forked:
 
 
 class Started:
-    """A plain child process, leader of its own process group, that dies with the launcher."""
+    """A plain child process, leader of its own process group, that dies with the launcher.
+
+    Start it from the main thread.
+    """
 
     def __init__(self, name: str, argv: Sequence[str], env: Mapping[str, str], log_path: Path) -> None:
         self.name, self.log_path = name, log_path
@@ -134,28 +148,54 @@ def died(process: Process, status: int) -> ProcessDied:
     )
 
 
-def is_healthy(url: str, timeout_s: float = 2.0) -> bool:
+@dataclass(frozen=True, slots=True)
+class Awaited:
+    """A process that is starting: ready when `health_url` answers 200, late after `timeout_s`."""
+
+    process: Process
+    health_url: str
+    timeout_s: float
+
+
+def is_healthy(url: str, timeout_s: float = HEALTH_TIMEOUT_S) -> bool:
     """True when the URL answers 200."""
     try:
-        with urllib.request.urlopen(url, timeout=timeout_s) as answer:
+        with _DIRECT.open(url, timeout=timeout_s) as answer:
             return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError, ValueError):
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError):
         return False
 
 
-def wait_ready(process: Process, url: str, timeout_s: float) -> None:
-    """Wait until `url` answers 200. Raises ProcessDied, DeadlineExceeded."""
-    deadline = time.monotonic() + timeout_s
-    while True:
+def check_running(processes: Sequence[Process]) -> None:
+    """Raise ProcessDied when one has ended."""
+    for process in processes:
         status = process.poll()
         if status is not None:
             raise died(process, status)
-        if is_healthy(url):
+
+
+def wait_ready(awaited: Sequence[Awaited], check: Callable[[], None]) -> None:
+    """Wait until every process is ready.
+
+    Args:
+        awaited: what is starting.
+        check: called on every round; raises when a process that matters has ended.
+
+    Raises DeadlineExceeded with the last lines of the first one that is late, and what `check` raises.
+    """
+    started = time.monotonic()
+    left = list(awaited)
+    while True:
+        check()
+        left = [one for one in left if not is_healthy(one.health_url)]
+        if not left:
             return
-        if time.monotonic() > deadline:
+        waited_s = time.monotonic() - started
+        late = next((one for one in left if waited_s > one.timeout_s), None)
+        if late:
             raise DeadlineExceeded(
-                f"{process.name} was not ready within {timeout_s:.0f} s; the end of {process.log_path}:\n"
-                f"{tail(process.log_path)}"
+                f"{late.process.name} was not ready within {late.timeout_s:.0f} s; the end of "
+                f"{late.process.log_path}:\n{tail(late.process.log_path)}"
             )
         time.sleep(POLL_S)
 

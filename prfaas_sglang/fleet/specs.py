@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from cache_service.core.errors import ConfigError
 from prfaas_sglang.cpu.environment import cpu_arguments
 from prfaas_sglang.fleet.config import Fleet, Site, Worker
 from prfaas_sglang.fleet.ports import PortPlan
@@ -47,6 +49,16 @@ class WorkerPorts:
     events: int
     replay: int
     telemetry: int
+
+
+@dataclass(frozen=True, slots=True)
+class FleetPorts:
+    """Every port: of the workers by name, of the cache service (API, metrics) and of the router."""
+
+    workers: dict[str, WorkerPorts]
+    cache: int
+    metrics: int
+    router: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,49 +102,82 @@ def engine_arguments(fleet: Fleet, model: Path, *, mode: str) -> list[str]:
 
 
 def has_linear_state(model: Path) -> bool:
-    """True when the checkpoint's config lists linear-attention layers."""
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    text = config.get("text_config", config)
-    return "linear_attention" in (text.get("layer_types") or [])
+    """True when the checkpoint's config speaks of linear-attention layers.
+
+    Either it lists them (layer_types), or says how often a full-attention layer comes (Qwen3-Next), or has a
+    section for them (Kimi Linear). Raises ConfigError for a config.json that is not one.
+    """
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        text = config.get("text_config") or config
+        return (
+            "linear_attention" in (text.get("layer_types") or [])
+            or (text.get("full_attention_interval") or 1) > 1
+            or bool(text.get("linear_attn_config"))
+        )
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        path = model / "config.json"
+        raise ConfigError(f"model.path: {path} is not a model's configuration: {error}") from error
 
 
-def claim_worker_ports(fleet: Fleet, ports: PortPlan) -> dict[str, WorkerPorts]:
-    """Claim every worker's ports. Raises ConfigError."""
-    claimed = {}
+def visible_gpus(fleet: Fleet, restricted: str | None) -> dict[str, str]:
+    """Return CUDA_VISIBLE_DEVICES by worker, {} when the device is not cuda.
+
+    Args:
+        fleet: checked fleet file; `gpus` of a worker, else the n-th worker has the n-th GPU.
+        restricted: the launcher's own CUDA_VISIBLE_DEVICES, which then is what indices count in.
+    """
+    if fleet.engine.device != "cuda":
+        return {}
+    names = [name.strip() for name in restricted.split(",")] if restricted else None
+    chosen = {}
+    for n, (_, worker) in enumerate(fleet.workers()):
+        gpus = worker.gpus or [n]
+        if names and max(gpus) >= len(names):
+            raise ConfigError(
+                f"worker {worker.name}: GPU {max(gpus)} is not visible; CUDA_VISIBLE_DEVICES is {restricted}"
+            )
+        chosen[worker.name] = ",".join(names[gpu] if names else str(gpu) for gpu in gpus)
+    return chosen
+
+
+def claim_ports(fleet: Fleet, ports: PortPlan) -> FleetPorts:
+    """Claim every port of the fleet. Raises ConfigError for one that is taken."""
+    workers = {}
     for i, site in enumerate(fleet.sites):
         for j, worker in enumerate(site.workers):
             path = f"sites[{i}].workers[{j}]"
             prefill = worker.role == "prefill"
-            http = ports.claim(f"{path}.port", worker.host, worker.port)
-            bootstrap = ports.claim(f"{path}.bootstrap_port", worker.host, worker.bootstrap_port)
-            claimed[worker.name] = WorkerPorts(
-                http=http,
-                bootstrap=bootstrap,
-                events=ports.claim(path, worker.host, 0) if prefill else 0,
-                replay=ports.claim(path, worker.host, 0) if prefill else 0,
+            workers[worker.name] = WorkerPorts(
+                http=ports.claim(f"{path}.port", worker.host, worker.port),
+                bootstrap=ports.claim(f"{path}.bootstrap_port", worker.host, worker.bootstrap_port),
+                # SGLang binds these two to every address
+                events=ports.claim(path, "0.0.0.0", 0) if prefill else 0,
+                replay=ports.claim(path, "0.0.0.0", 0) if prefill else 0,
                 telemetry=ports.claim(path, LOOPBACK, 0),
             )
-    return claimed
+    cache, router = fleet.cache_service, fleet.router
+    return FleetPorts(
+        workers,
+        cache=ports.claim("cache_service.port", cache.host, cache.port),
+        metrics=ports.claim("cache_service.metrics_port", cache.host, cache.metrics_port),
+        router=ports.claim("router.port", router.host, router.port),
+    )
 
 
-def build(fleet: Fleet, model: Path, run_dir: Path, ports: PortPlan) -> Plan:
-    """Claim ports and describe every process. Raises ConfigError for a taken port."""
-    of_worker = claim_worker_ports(fleet, ports)
-    cache = fleet.cache_service
-    cache_port = ports.claim("cache_service.port", cache.host, cache.port)
-    metrics_port = ports.claim("cache_service.metrics_port", cache.host, cache.metrics_port)
-    router_port = ports.claim("router.port", fleet.router.host, fleet.router.port)
+def build(fleet: Fleet, model: Path, run_dir: Path, ports: FleetPorts) -> Plan:
+    """Describe every process. Raises ConfigError for a model folder that holds none."""
     pairs = fleet.workers()
     services = (
-        _cache_service(fleet, pairs, of_worker, cache_port, metrics_port, run_dir),
-        _router(fleet, model, pairs, of_worker, cache_port, router_port, run_dir),
+        _cache_service(fleet, pairs, ports, run_dir),
+        _router(fleet, model, pairs, ports, run_dir),
     )
     return Plan(
-        engines=tuple(_engine(fleet, model, s, w, of_worker[w.name], run_dir) for s, w in pairs),
+        engines=tuple(_engine(fleet, model, s, w, ports.workers[w.name], run_dir) for s, w in pairs),
         services=services,
-        router_url=f"http://{fleet.router.host}:{router_port}",
-        worker_urls={w.name: f"http://{w.host}:{of_worker[w.name].http}" for _, w in pairs},
-        telemetry_urls={w.name: f"http://{LOOPBACK}:{of_worker[w.name].telemetry}" for _, w in pairs}
+        router_url=f"http://{fleet.router.host}:{ports.router}",
+        worker_urls={w.name: f"http://{w.host}:{ports.workers[w.name].http}" for _, w in pairs},
+        telemetry_urls={w.name: f"http://{LOOPBACK}:{ports.workers[w.name].telemetry}" for _, w in pairs}
         if fleet.transfer.backend == "prfaas"
         else {},
         sites={w.name: s.name for s, w in pairs},
@@ -152,6 +197,7 @@ def _engine(
 ) -> ProcessSpec:
     backend = fleet.transfer.backend
     argv = engine_arguments(fleet, model, mode=worker.role)
+    gpus = visible_gpus(fleet, os.environ.get("CUDA_VISIBLE_DEVICES"))
     argv += [
         "--host", worker.host,
         "--port", str(ports.http),
@@ -168,13 +214,15 @@ def _engine(
             "topic": "kv",
         }
         argv += ["--kv-events-config", json.dumps(events)]
-    env, files = {}, {}
+    env = {"CUDA_VISIBLE_DEVICES": gpus[worker.name]} if gpus else {}
+    files = {}
     if backend == "prfaas":
         config = {
             "worker_id": worker.name,
             "site": site.name,
             "listen_host": worker.host,
             "telemetry_listen": f"{LOOPBACK}:{ports.telemetry}",
+            **fleet.transfer.worker_options(),
         }
         name = f"{worker.name}.transfer.json"
         files[name] = json.dumps(config, indent=1)
@@ -194,40 +242,36 @@ def _engine(
 def _cache_service(
     fleet: Fleet,
     pairs: list[tuple[Site, Worker]],
-    ports: dict[str, WorkerPorts],
-    port: int,
-    metrics_port: int,
+    ports: FleetPorts,
     run_dir: Path,
 ) -> ProcessSpec:
     host = fleet.cache_service.host
     config = {
         "site": fleet.router_site(),
-        "listen": f"{host}:{port}",
-        "metrics_listen": f"{host}:{metrics_port}",
+        "listen": f"{host}:{ports.cache}",
+        "metrics_listen": f"{host}:{ports.metrics}",
         "namespace": {"model": fleet.model.served_name, "page_size": fleet.engine.page_size},
         "workers": [
             {
                 "worker_id": worker.name,
                 "site": site.name,
                 "dp_rank": 0,
-                "events": f"tcp://{worker.host}:{ports[worker.name].events}",
-                "replay": f"tcp://{worker.host}:{ports[worker.name].replay}",
+                "events": f"tcp://{worker.host}:{ports.workers[worker.name].events}",
+                "replay": f"tcp://{worker.host}:{ports.workers[worker.name].replay}",
                 "topic": "kv",
             }
             for site, worker in pairs
             if worker.role == "prefill"
         ],
     }
-    return _service("cache_service", config, f"http://{host}:{metrics_port}/health", run_dir)
+    return _service("cache_service", config, f"http://{host}:{ports.metrics}/health", run_dir)
 
 
 def _router(
     fleet: Fleet,
     model: Path,
     pairs: list[tuple[Site, Worker]],
-    ports: dict[str, WorkerPorts],
-    cache_port: int,
-    port: int,
+    ports: FleetPorts,
     run_dir: Path,
 ) -> ProcessSpec:
     workers: list[dict[str, Any]] = []
@@ -236,13 +280,13 @@ def _router(
             "worker_id": worker.name,
             "site": site.name,
             "role": worker.role,
-            "url": f"http://{worker.host}:{ports[worker.name].http}",
+            "url": f"http://{worker.host}:{ports.workers[worker.name].http}",
         }
         if worker.role == "prefill":
-            entry |= {"bootstrap_host": worker.host, "bootstrap_port": ports[worker.name].bootstrap}
+            entry |= {"bootstrap_host": worker.host, "bootstrap_port": ports.workers[worker.name].bootstrap}
         workers.append(entry)
     config = {
-        "listen": f"{fleet.router.host}:{port}",
+        "listen": f"{fleet.router.host}:{ports.router}",
         "site": fleet.router_site(),
         "model": {
             "name": fleet.model.served_name,
@@ -250,12 +294,12 @@ def _router(
             "context_length": fleet.engine.context_length,
             "page_size": fleet.engine.page_size,
         },
-        "index": f"{fleet.cache_service.host}:{cache_port}",
+        "index": f"{fleet.cache_service.host}:{ports.cache}",
         "policy": {"name": fleet.routing.policy, "threshold_tokens": fleet.routing.threshold_tokens},
         "workers": workers,
         "links": [{"src": link.src, "dst": link.dst, "gbps": link.gbps} for link in fleet.links],
     }
-    return _service("router", config, f"http://{fleet.router.host}:{port}/health", run_dir)
+    return _service("router", config, f"http://{fleet.router.host}:{ports.router}/health", run_dir)
 
 
 def _service(module: str, config: dict[str, Any], health_url: str, run_dir: Path) -> ProcessSpec:

@@ -2,54 +2,59 @@
 
 from __future__ import annotations
 
-import threading
+import os
 from importlib import resources
 from pathlib import Path
 
 from rich.console import Console
 
+from cache_service.core.errors import ConfigError
 from prfaas_sglang.fleet import config
-from prfaas_sglang.fleet.launch import Launcher, StopRequested, new_run_dir, stop_on_signals
+from prfaas_sglang.fleet.launch import Launcher, new_run_dir
 from prfaas_sglang.fleet.progress import Progress
+from prfaas_sglang.fleet.signals import StopRequested, stop_on_signals
 
 
-def example() -> str:
-    """Return the commented example of a fleet file."""
+def example(name: str = "demo") -> str:
+    """Return a fleet file of prfaas_sglang/fleet/examples: demo (commented) or minimal."""
     folder = resources.files("prfaas_sglang.fleet") / "examples"
-    return (folder / "demo.yaml").read_text(encoding="utf-8")
+    return (folder / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def run(file: Path, run_dir: Path | None, *, check_only: bool = False) -> int:
     """Start the fleet of `file`; return 0 after a requested stop. Raises PrfaasError otherwise."""
     console = Console()
     fleet = config.load(file)
+    progress = Progress(console)
     if check_only:
-        console.print(f"{file}: {len(fleet.workers())} workers in {len(fleet.sites)} sites, no mistake found")
+        progress.note(f"{file}: {len(fleet.workers())} workers in {len(fleet.sites)} sites, no mistake found")
         return 0
     directory = prepare(run_dir)
-    stop = threading.Event()
-    restore = stop_on_signals(stop)
-    progress = Progress(console)
     progress.note(f"fleet {file}, logs in {directory}")
-    try:
-        with Launcher(fleet, directory, progress) as launcher:
-            assert launcher.plan is not None
-            url = launcher.plan.router_url
-            progress.note(f"router: {url}   stop with Ctrl-C")
-            progress.note(f"try:    {curl(url, fleet.model.served_name)}")
-            launcher.watch(stop)
-    except StopRequested as request:
-        progress.note(f"{request}: stopped everything")
-    finally:
-        restore()
+    with stop_on_signals() as stop:
+        try:
+            with Launcher(fleet, directory, progress) as launcher:
+                assert launcher.plan is not None
+                url = launcher.plan.router_url
+                progress.note(f"router: {url}   stop with Ctrl-C")
+                progress.note(f"try:    {curl(url, fleet.model.served_name)}")
+                launcher.watch(stop)
+        except StopRequested as request:
+            progress.note(f"{request}: stopped everything")
     return 0
 
 
 def prepare(run_dir: Path | None) -> Path:
-    """Make the run directory; return it."""
-    if run_dir is None:
-        return new_run_dir()
-    run_dir.mkdir(parents=True, exist_ok=True)
+    """Make the run directory; return it. Raises ConfigError when it cannot be written."""
+    try:
+        if run_dir is None:
+            return new_run_dir()
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        where = run_dir or "runs"
+        raise ConfigError(f"--run-dir: cannot make the folder {where}: {error.strerror}") from error
+    if not os.access(run_dir, os.W_OK | os.X_OK):
+        raise ConfigError(f"--run-dir: cannot write in {run_dir}")
     return run_dir.resolve()
 
 

@@ -57,10 +57,7 @@ class Up:
 @contextlib.contextmanager
 def up(file: Path, run_dir: Path) -> Iterator[Up]:
     """Start `prfaas up -f file` and wait for its router line."""
-    argv = [sys.executable, "-m", "prfaas_sglang", "up", "-f", str(file), "--run-dir", str(run_dir)]
-    process = subprocess.Popen(
-        argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    process = start_cli("up", "-f", str(file), "--run-dir", str(run_dir))
     lines: list[str] = []
     watchdog = _kill_after(process, START_TIMEOUT_S)
     try:
@@ -84,6 +81,18 @@ def up(file: Path, run_dir: Path) -> Iterator[Up]:
                 process.kill()
         if process.stdout is not None:
             process.stdout.close()
+
+
+def start_cli(*arguments: str) -> subprocess.Popen[str]:
+    """Start `prfaas`; its output, errors included, is a pipe."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "prfaas_sglang", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def run_cli(*arguments: str, timeout_s: float = START_TIMEOUT_S) -> subprocess.CompletedProcess[str]:

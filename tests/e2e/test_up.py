@@ -12,7 +12,7 @@ import psutil
 import pytest
 import requests
 
-from tests.e2e.fleet import Up, gone, run_cli, up
+from tests.e2e.fleet import Up, gone, run_cli, start_cli, up
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -154,6 +154,23 @@ def test_ctrl_c_stops_everything(tmp_path: Path) -> None:
         assert running.process.returncode == 0
         assert "stopped everything" in output
         assert gone(pids) == []
+
+
+def test_ctrl_c_while_sglang_is_imported_stops_at_once(tmp_path: Path) -> None:
+    """Nobody waits for imports that are not wanted any more."""
+    (tmp_path / "fleet.yaml").write_text(FILE)
+    argv = ["up", "-f", str(tmp_path / "fleet.yaml"), "--run-dir", str(tmp_path / "run")]
+    process = start_cli(*argv)
+    with process:
+        assert process.stdout is not None
+        assert any("ok model" in line for line in process.stdout)
+        pids = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        assert json.loads((tmp_path / "run" / "pids.json").read_text())["zygote"] in pids
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=4)  # the imports alone take longer
+    assert process.returncode == 0
+    assert "SIGINT: stopped everything" in output
+    assert gone(pids) == []
 
 
 def test_a_worker_that_dies_at_start_is_explained(tmp_path: Path) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import textwrap
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cache_service.core.errors import ConfigError
+from prfaas_sglang import cli
 from prfaas_sglang.cpu import models
 from prfaas_sglang.fleet import config, specs, up
+from prfaas_sglang.fleet import ports as ports_module
 from prfaas_sglang.fleet.ports import PortPlan
 
 SMALL = """
@@ -30,10 +35,17 @@ def test_the_smallest_file_gets_sane_defaults() -> None:
     assert [w.name for _, w in fleet.workers()] == ["a-p", "b-p", "b-d"]
 
 
-def test_the_example_is_valid_and_says_so_itself() -> None:
-    """`prfaas up --print-example` prints a file that is accepted."""
-    fleet = config.parse(up.example())
+@pytest.mark.parametrize("name", ["demo", "minimal"])
+def test_the_examples_are_accepted(name: str) -> None:
+    """What `prfaas up --print-example` prints, and the smallest one, describe two sites."""
+    fleet = config.parse(up.example(name))
     assert {site.name for site in fleet.sites} == {"A", "B"}
+
+
+def test_the_help_shows_the_minimal_example() -> None:
+    """The file in `prfaas up --help` is the one that is tested here."""
+    shown = cli.UP_EXAMPLE.partition("the smallest fleet file:\n")[2].partition("\n\n")[0]
+    assert yaml.safe_load(textwrap.dedent(shown)) == yaml.safe_load(up.example("minimal"))
 
 
 def test_tiny_families_are_those_of_the_builder() -> None:
@@ -45,7 +57,52 @@ def test_tiny_families_are_those_of_the_builder() -> None:
     ("change", "message"),
     [
         (("gbps: 10", "gbps: 10, colour: red"), r"links\[0\].*unknown field `colour`"),
-        (("role: decode", "role: boss"), r"sites\[1\]\.workers\[1\]\.role: invalid enum value 'boss'"),
+        (("gbps: 10", "gbps: 10, colour: red"), "unknown field `colour`; accepted: src, dst, gbps"),
+        (
+            ("role: decode", "role: boss"),
+            r"sites\[1\]\.workers\[1\]\.role: invalid enum value 'boss'; accepted: prefill, decode$",
+        ),
+        (("links:", "engine: {args: [0.5]}\nlinks:"), r"engine\.args\[0\]: expected `str`, got `float`"),
+        (("links:", "engine: {1: 2}\nlinks:"), "engine: expected `str`"),
+        (("dst: B", "dst: A"), r"links\[0\]\.dst: is 'A' like src"),
+        (("gbps: 10}", "gbps: 10}, {src: A, dst: B, gbps: 1}"), r"links\[1\]: A -> B is also links\[0\]"),
+        (
+            ("links: [{src: A, dst: B, gbps: 10}]", ""),
+            r"sites\[0\]\.workers\[0\]: .*no link from 'A' to 'B'; add",
+        ),
+        (
+            ("{name: a-p, role: prefill}", "{name: a-p, role: prefill}, {name: a-d, role: decode}"),
+            r"sites\[1\]\.workers\[0\]: would never be used",  # the router is in A, which decodes
+        ),
+        (
+            ("links:", "  - {name: C, workers: [{name: c-d, role: decode}]}\nlinks:"),
+            r"sites\[2\]\.workers\[0\]\.role: decode in site 'C' would never be used",
+        ),
+        (("name: a-p", "name: router"), r"sites\[0\]\.workers\[0\]\.name: 'router' is the name of a process"),
+        (
+            ("name: a-p", "name: a-p, args: [--port=1]"),
+            r"workers\[0\]\.args\[0\]: --port is set from sites\[\]\.workers\[\]\.port",
+        ),
+        (
+            ("links:", "engine: {args: [--page-size, '1']}\nlinks:"),
+            r"engine\.args\[0\]: --page-size is set from engine\.page_size",
+        ),
+        (("role: decode", "role: decode, bootstrap_port: 9000"), "only prefill workers have one"),
+        (("role: decode", "role: decode, gpus: [0]"), r"workers\[1\]\.gpus: engine\.device is cpu"),
+        (
+            ("role: decode}]}", "role: decode, gpus: [1, 1]}]}\nengine: {device: cuda}"),
+            r"gpus: \[1, 1\] is not a list of different GPU indices",
+        ),
+        (("links:", "transfer: {frame_bytes: 1}\nlinks:"), r"transfer\.frame_bytes: 1 is not in 4096"),
+        (("links:", "transfer: {connections: 0}\nlinks:"), r"transfer\.connections: 0 is not in 1\.\.64"),
+        (
+            ("links:", "transfer: {backend: mooncake_tcp, connections: 2}\nlinks:"),
+            r"transfer\.connections: backend is mooncake_tcp; accepted with prfaas only",
+        ),
+        (
+            ("links:", "engine: {page_size: 64}\nengine: {page_size: 1}\nlinks:"),
+            "the key 'engine' is repeated",
+        ),
         (("gbps: 10", "gbps: fast"), r"links\[0\]\.gbps: expected `float`, got `str`"),
         (("gbps: 10", "gbps: 0"), r"links\[0\]\.gbps: 0 is not in"),
         (("src: A", "src: X"), r"links\[0\]\.src: no site is named 'X'; sites: A, B"),
@@ -103,23 +160,77 @@ def test_a_taken_port_names_the_field_and_the_process() -> None:
 
 
 def test_free_ports_are_distinct_and_released() -> None:
-    """Chosen ports differ while they are held, and can be listened on afterwards."""
+    """Chosen ports differ, are held against everyone, and can be listened on when their field is released."""
     plan = PortPlan()
-    ports = [plan.claim("x", "127.0.0.1", 0) for _ in range(20)]
-    assert len(set(ports)) == 20
+    ports = [plan.claim("sites[0]", "127.0.0.1", 0) for _ in range(20)]
+    other = plan.claim("router.port", "127.0.0.1", 0)
+    assert len({*ports, other}) == 21
+    with pytest.raises(ConfigError, match="cannot listen"):
+        PortPlan().claim("x", "127.0.0.1", other)
+    plan.release("router.")
+    with socket.create_server(("127.0.0.1", other)):
+        pass
+    with socket.socket() as probe, pytest.raises(OSError, match="in use"):
+        probe.bind(("127.0.0.1", ports[0]))
     plan.release()
     with socket.create_server(("127.0.0.1", ports[0])):
         pass
 
 
+def test_reserved_ports_are_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port that the file gives to a process is not handed to another one that wants any."""
+    spare = PortPlan()
+    first, second = (spare.claim("x", "127.0.0.1", 0) for _ in range(2))
+    spare.release()
+    monkeypatch.setattr(ports_module, "_candidates", lambda: iter([first, second]))
+    plan = PortPlan(reserved=[first])
+    assert plan.claim("x", "127.0.0.1", 0) == second
+    plan.release()
+
+
+def test_every_worker_has_a_gpu_of_its_own() -> None:
+    """By default the n-th worker has the n-th; a restricted launcher counts in what it may see."""
+    text = SMALL + "engine: {device: cuda}\n"
+    assert specs.visible_gpus(config.parse(SMALL), None) == {}
+    assert specs.visible_gpus(config.parse(text), None) == {"a-p": "0", "b-p": "1", "b-d": "2"}
+    assert specs.visible_gpus(config.parse(text), "5,6,GPU-x") == {"a-p": "5", "b-p": "6", "b-d": "GPU-x"}
+    shared = text.replace("name: a-p", "gpus: [2, 3], name: a-p")
+    assert specs.visible_gpus(config.parse(shared), None)["a-p"] == "2,3"
+    with pytest.raises(ConfigError, match="worker b-d: GPU 2 is not visible; CUDA_VISIBLE_DEVICES is 0,1"):
+        specs.visible_gpus(config.parse(text), "0,1")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"layer_types": ["linear_attention", "full_attention"]}, True),
+        ({"text_config": {"layer_types": ["full_attention"]}}, False),
+        ({"full_attention_interval": 4}, True),
+        ({"linear_attn_config": {"kda_layers": [1]}}, True),
+        ({}, False),
+    ],
+)
+def test_linear_state_is_recognised(tmp_path: Path, content: dict[str, object], expected: bool) -> None:
+    """In the three ways in which configurations speak of it."""
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert specs.has_linear_state(tmp_path) is expected
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"full_attention_interval": "x"}'])
+def test_a_model_without_a_real_configuration_is_refused(tmp_path: Path, text: str) -> None:
+    """The message has the field and the file."""
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"model\.path: .*config\.json is not a model's configuration"):
+        specs.has_linear_state(tmp_path)
+
+
 def test_specs_wire_the_parts_together(tmp_path: Path) -> None:
     """The generated configurations name the same ports on both sides."""
-    import json
-
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"layer_types": ["linear_attention", "full_attention"]}))
-    plan = specs.build(config.parse(SMALL), model, tmp_path, PortPlan())
+    fleet = config.parse(SMALL + "transfer: {connections: 7}\n")
+    plan = specs.build(fleet, model, tmp_path, specs.claim_ports(fleet, PortPlan()))
     by_name = {spec.name: spec for spec in (*plan.engines, *plan.services)}
     router = json.loads(by_name["router"].files["router.json"])
     cache = json.loads(by_name["cache-service"].files["cache_service.json"])
@@ -134,3 +245,5 @@ def test_specs_wire_the_parts_together(tmp_path: Path) -> None:
     assert argv["--mamba-radix-cache-strategy"] == "extra_buffer"
     assert "--kv-events-config" not in by_name["b-d"].argv
     assert by_name["a-p"].env["PRFAAS_CONFIG"] == f"@{tmp_path / 'a-p.transfer.json'}"
+    transfer = json.loads(by_name["a-p"].files["a-p.transfer.json"])
+    assert (transfer["worker_id"], transfer["site"], transfer["connections"]) == ("a-p", "A", 7)
