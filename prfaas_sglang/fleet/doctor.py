@@ -18,6 +18,7 @@ from typing import Literal
 
 import psutil
 from rich.console import Console
+from rich.markup import escape
 
 from prfaas_sglang.engine.compat import SUPPORTED, engine_version
 
@@ -181,7 +182,8 @@ def run(*, as_json: bool = False) -> int:
         console = Console(highlight=False, soft_wrap=True)
         colours = {"ok": "green", "warn": "yellow", "fail": "red"}
         for result in results:
-            console.print(f"[{colours[result.state]}]{result.state:<4}[/] {result.name:<18} {result.found}")
+            state = f"[{colours[result.state]}]{result.state:<4}[/]"
+            console.print(f"{state} {result.name:<18} {escape(result.found)}")
             if result.fix:
-                console.print(f"     {'':<18} -> {result.fix}")
+                console.print(f"     {'':<18} -> {escape(result.fix)}")
     return int(any(result.state == "fail" for result in results))
