@@ -19,6 +19,14 @@ from cache_service.core.ids import parse_name
 ENVIRONMENT_VARIABLE = "PRFAAS_CONFIG"
 
 
+class TlsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """PEM files: authority of the peers, own certificate chain, own key. Never logged."""
+
+    ca: str
+    cert: str
+    key: str
+
+
 class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Configuration of one worker's transfer backend.
 
@@ -30,6 +38,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         telemetry_listen: host:port for GET /metrics and /transfers, "" for none. Rank 0 only.
         frame_bytes: bytes of KV per frame, 4 KiB to 4 MiB.
         connections: TCP connections that a decode worker opens to each prefill rank, 1 to 64.
+        tls: mutual TLS on the data connections; None sends KV in the clear.
     """
 
     worker_id: str
@@ -38,6 +47,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     telemetry_listen: str = ""
     frame_bytes: int = 256 << 10
     connections: int = 4
+    tls: TlsConfig | None = None
 
     def check(self) -> None:
         """Raise ConfigError naming the first field that is wrong."""

@@ -32,6 +32,7 @@ from prfaas_sglang.transfer import telemetry
 from prfaas_sglang.transfer.channel import Identity
 from prfaas_sglang.transfer.exporter import Exporter
 from prfaas_sglang.transfer.importer import Importer
+from prfaas_sglang.transfer.tls import Tls, TlsFiles
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,11 @@ class PrfaasManager(CommonKVManager):
         self.server_socket.close(linger=0)  # the base class's control socket; nobody may talk to it
         layout = pools.describe(args, model=server_args.served_model_name, tp_size=self.attn_tp_size)
         memory = pools.row_memory(args, layout)
+        tls = None
+        if worker.tls is not None:
+            tls = Tls(TlsFiles(worker.tls.ca, worker.tls.cert, worker.tls.key))
+        else:
+            logger.warning("kv_in_the_clear worker=%s hint=set tls in PRFAAS_CONFIG", worker.worker_id)
         identity = Identity(mode.value, worker.site, worker.worker_id, self.attn_tp_rank, layout)
         self.telemetry = telemetry.Telemetry(worker.site)
         if mode == DisaggregationMode.PREFILL:
@@ -59,6 +65,7 @@ class PrfaasManager(CommonKVManager):
                 on_done=lambda room: self.update_status(room, KVPoll.Success),
                 on_failed=self.fail,
                 frame_bytes=worker.frame_bytes,
+                tls=tls,
             )
             port = self.exporter.listen(worker.listen_host, self.bootstrap_port + self.attn_tp_rank)
             logger.info("kv_export_listening port=%d layout=%s", port, layout.fingerprint())
@@ -71,6 +78,7 @@ class PrfaasManager(CommonKVManager):
                 on_done=lambda room: self.update_status(room, KVPoll.Success),
                 on_failed=self.fail,
                 connections=worker.connections,
+                tls=tls,
             )
             logger.info("kv_import_ready layout=%s", layout.fingerprint())
         if worker.telemetry_listen and self.attn_tp_rank == 0:

@@ -87,6 +87,7 @@ def exchange_hellos(wire: Wire, identity: Identity, bundle: str = "", index: int
         raise RemoteProtocolError(f"{header.type.name} before HELLO", reason="handshake")
     try:
         hello = decode_hello(wire.read_payload(header))
+        wire.check_site(hello.site)
         if hello.role == identity.role:
             raise RemoteProtocolError(f"hello.role: both sides are {hello.role}", reason="role")
         if hello.rank != identity.rank:

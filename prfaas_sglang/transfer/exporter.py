@@ -34,6 +34,7 @@ from prfaas_sglang.transfer.bundle import Bundle
 from prfaas_sglang.transfer.channel import Channel, Identity, exchange_hellos
 from prfaas_sglang.transfer.memory import RowMemory
 from prfaas_sglang.transfer.telemetry import Telemetry, TransferRecord
+from prfaas_sglang.transfer.tls import Tls
 from prfaas_sglang.transfer.wire import ConnectionLost, Wire, tune
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class Exporter:
         on_done: (room), decode has verified every byte.
         on_failed: (room, reason).
         frame_bytes: bound of one frame's row bytes.
+        tls: contexts for mutual TLS, None for plain TCP.
     Callbacks run on channel threads and must not block.
     """
 
@@ -94,7 +96,9 @@ class Exporter:
         on_done: Callable[[int], None],
         on_failed: Callable[[int, str], None],
         frame_bytes: int = DEFAULT_FRAME_BYTES,
+        tls: Tls | None = None,
     ) -> None:
+        self._tls = tls
         self._frame_bytes = frame_bytes
         self._identity = identity
         self._memory = memory
@@ -318,7 +322,12 @@ class Exporter:
 
     def _welcome(self, sock: socket.socket, address: object) -> None:
         tune(sock)
-        wire = Wire(sock)
+        try:
+            wire = Wire(self._tls.accept(sock) if self._tls is not None else sock)
+        except PrfaasError as error:
+            logger.warning("peer_refused address=%s reason=%s", address, error)
+            self._telemetry.refused(error.reason)
+            return
         try:
             hello = exchange_hellos(wire, self._identity)
             channel = self._admit(wire, hello)

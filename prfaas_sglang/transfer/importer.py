@@ -38,6 +38,7 @@ from prfaas_sglang.transfer.bundle import Bundle
 from prfaas_sglang.transfer.channel import Channel, Identity, exchange_hellos
 from prfaas_sglang.transfer.memory import RowMemory
 from prfaas_sglang.transfer.telemetry import Telemetry, TransferRecord
+from prfaas_sglang.transfer.tls import Tls
 from prfaas_sglang.transfer.wire import ConnectionLost, Wire, tune
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class Importer:
         on_done: (room), every granted row is in the pools, verified.
         on_failed: (room, reason).
         connections: TCP connections per prefill rank.
+        tls: contexts for mutual TLS, None for plain TCP.
     Callbacks run on channel threads and must not block.
     """
 
@@ -103,7 +105,9 @@ class Importer:
         on_done: Callable[[int], None],
         on_failed: Callable[[int, str], None],
         connections: int = DEFAULT_CONNECTIONS,
+        tls: Tls | None = None,
     ) -> None:
+        self._tls = tls
         self._connections = connections
         self._identity = identity
         self._memory = memory
@@ -241,7 +245,7 @@ class Importer:
                     raise ConnectionLost(f"cannot reach prefill worker {host}:{port}: {error}") from error
                 pause.wait(0.2 * 2**attempt)
         tune(sock)
-        wire = Wire(sock)
+        wire = Wire(self._tls.connect(sock) if self._tls is not None else sock)
         try:
             return wire, exchange_hellos(wire, self._identity, bundle, index)
         except PrfaasError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from prfaas_sglang.core.framing import (
     encode_header,
 )
 from prfaas_sglang.transfer.tcp_info import TcpInfo, read_tcp_info
+from prfaas_sglang.transfer.tls import PlainStream, TlsStream, check_site
 
 #: A peer that takes or gives no byte for this long in the middle of a frame is gone.
 IO_TIMEOUT_S = 20.0
@@ -74,6 +76,10 @@ class Wire:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._sock = sock
+        self._tls = isinstance(sock, ssl.SSLSocket)
+        self._stream: TlsStream | PlainStream = (
+            TlsStream(sock) if isinstance(sock, ssl.SSLSocket) else PlainStream(sock)
+        )
         self._closed = False
         self._lowat = 1
         self._readable = select.poll()
@@ -105,7 +111,7 @@ class Wire:
         index = 0
         while index < len(views):
             try:
-                sent = self._sock.sendmsg(views[index : index + _IOV_MAX])
+                sent = self._stream.send(views[index : index + _IOV_MAX])
             except BlockingIOError:
                 self._wait(self._writable, IO_TIMEOUT_S, "peer takes no data")
                 continue
@@ -125,10 +131,11 @@ class Wire:
             self._lowat = 1
             with contextlib.suppress(OSError):
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-        try:
-            self._wait(self._readable, timeout_s, "idle")
-        except DeadlineExceeded:
-            return None
+        if not self._stream.buffered:
+            try:
+                self._wait(self._readable, timeout_s, "idle")
+            except DeadlineExceeded:
+                return None
         return decode_header(self.read_exact(HEADER_BYTES))
 
     def read_payload(self, header: Header) -> bytes:
@@ -151,7 +158,10 @@ class Wire:
 
         Fewer, larger reads cost a third of the processor time. Raises ConnectionLost after IO_TIMEOUT_S.
         """
-        wanted = max(1, min(at_least, WAKE_BYTES))
+        if self._stream.buffered:
+            return
+        # under TLS a part may have left the kernel's buffer already, so its count says nothing
+        wanted = 1 if self._tls else max(1, min(at_least, WAKE_BYTES))
         if wanted != self._lowat:
             with contextlib.suppress(OSError):
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
@@ -172,7 +182,7 @@ class Wire:
     def read_ready(self, views: Sequence[memoryview]) -> int:
         """Read what is there into `views` without waiting; 0 when nothing is."""
         try:
-            count = self._sock.recvmsg_into(views[:_IOV_MAX])[0]
+            count = self._stream.receive(views[:_IOV_MAX])
         except BlockingIOError:
             return 0
         except (OSError, ValueError) as error:
@@ -180,6 +190,10 @@ class Wire:
         if count == 0:
             raise ConnectionLost("the peer closed the connection")
         return count
+
+    def check_site(self, site: str) -> None:
+        """Raise TlsRefused when the peer's certificate is not for `site` (a plain connection has none)."""
+        check_site(self._sock, site)
 
     # --- rate ---
 
