@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 PING_S = 5.0
 MISSED = 3
 HANDSHAKE_S = 10.0
+#: How long a failed write waits for what the peer still had to say.
+LAST_WORDS_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,7 @@ class Channel:
         self.index = index
         self._handler = handler
         self._over = threading.Event()
+        self._read_to_end = threading.Event()
         self._error: PrfaasError | None = None
         self._error_lock = threading.Lock()
         name = f"prfaas-{peer.worker}-{index}"
@@ -167,6 +170,10 @@ class Channel:
                 job = self.bundle.next_job(self)
                 if job is not None:
                     job(self.wire)
+        except ConnectionLost as error:
+            # the peer may have said why before it closed: what the reader finds counts more
+            self._read_to_end.wait(LAST_WORDS_S)
+            self.fail(error)
         except PrfaasError as error:
             self.fail(error)
         except Exception as error:
@@ -179,10 +186,12 @@ class Channel:
             self._read_frames()
         except PrfaasError as error:
             self.fail(error)
+            self._read_to_end.set()
         except Exception as error:
             # a bug in a handler must end this connection, not the process
             logger.exception("channel_reader_failed")
             self.fail(RemoteProtocolError(f"internal: {error}", reason="internal"))
+            self._read_to_end.set()
         self._writer.join()
         self.wire.release()
         self._over.set()
