@@ -7,7 +7,7 @@ path and says what is accepted.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import yaml
@@ -91,6 +91,24 @@ class Engine(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     args: list[str] = []
 
 
+class TransferTls(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Mutual TLS between workers: PEM files, `{site}` in a path stands for the worker's site.
+
+    A certificate must name its site as a DNS entry of its subject alternative names.
+    """
+
+    ca: str
+    cert: str
+    key: str
+
+    def of_site(self, site: str) -> dict[str, str]:
+        """The files of one site's workers."""
+        paths = {"ca": self.ca, "cert": self.cert, "key": self.key}
+        return {
+            name: str(Path(p.replace("{site}", site)).expanduser().resolve()) for name, p in paths.items()
+        }
+
+
 class Transfer(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How KV moves.
 
@@ -98,15 +116,19 @@ class Transfer(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         backend: prfaas, or mooncake_tcp: SGLang's stock TCP backend, for comparison.
         frame_bytes, connections: passed on to every worker (prfaas_sglang/config.py has the defaults);
             prfaas only.
+        tls: encrypts KV between the workers and has both sides show certificates; prfaas only.
     """
 
     backend: Literal["prfaas", "mooncake_tcp"] = "prfaas"
     frame_bytes: int | None = None
     connections: int | None = None
+    tls: TransferTls | None = None
 
-    def worker_options(self) -> dict[str, int]:
-        """What is passed on to every worker."""
-        given = {"frame_bytes": self.frame_bytes, "connections": self.connections}
+    def worker_options(self, site: str) -> dict[str, Any]:
+        """What is passed on to every worker of a site."""
+        given: dict[str, Any] = {"frame_bytes": self.frame_bytes, "connections": self.connections}
+        if self.tls is not None:
+            given["tls"] = self.tls.of_site(site)
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -336,13 +358,14 @@ def _check_engine(fleet: Fleet) -> None:
             f"page_size {engine.page_size}"
         )
     _check_args("engine.args", engine.args)
-    _check_transfer(fleet.transfer)
+    _check_transfer(fleet)
     if fleet.routing.threshold_tokens < 0:
         raise ConfigError(f"routing.threshold_tokens: {fleet.routing.threshold_tokens} is below 0")
 
 
-def _check_transfer(transfer: Transfer) -> None:
-    options = transfer.worker_options()
+def _check_transfer(fleet: Fleet) -> None:
+    transfer = fleet.transfer
+    options = transfer.worker_options("any")
     if options and transfer.backend != "prfaas":
         raise ConfigError(
             f"transfer.{next(iter(options))}: backend is {transfer.backend}; accepted with prfaas only"
@@ -351,6 +374,12 @@ def _check_transfer(transfer: Transfer) -> None:
         msgspec.structs.replace(WorkerConfig(worker_id="any", site="any"), **options).check()
     except ConfigError as error:
         raise ConfigError(str(error).replace(ENVIRONMENT_VARIABLE, "transfer")) from error
+    if transfer.tls is None:
+        return
+    for site in fleet.sites:
+        for name, path in transfer.tls.of_site(site.name).items():
+            if not Path(path).is_file():
+                raise ConfigError(f"transfer.tls.{name}: no file {path} (for site {site.name})")
 
 
 def _check_model(model: Model) -> None:

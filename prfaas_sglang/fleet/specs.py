@@ -222,7 +222,7 @@ def _engine(
             "site": site.name,
             "listen_host": worker.host,
             "telemetry_listen": f"{LOOPBACK}:{ports.telemetry}",
-            **fleet.transfer.worker_options(),
+            **fleet.transfer.worker_options(site.name),
         }
         name = f"{worker.name}.transfer.json"
         files[name] = json.dumps(config, indent=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import socket
-import subprocess
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -12,39 +11,8 @@ import pytest
 
 from cache_service.core.errors import ConfigError
 from prfaas_sglang.transfer.tls import Tls, TlsFiles
+from tests.integration.authority import Authority
 from tests.integration.transfer_support import WAIT_S, Pair, assert_moved
-
-
-class Authority:
-    """A certificate authority made with openssl, and certificates of it."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder = folder
-        self.ca, self._key = folder / f"{name}.pem", folder / f"{name}.key"
-        self._openssl(
-            *("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
-            *("-keyout", str(self._key), "-out", str(self.ca), "-days", "2", "-subj", f"/CN={name}"),
-        )
-
-    def issue(self, site: str) -> Tls:
-        """Return contexts with a certificate for a site."""
-        stem = self._folder / f"{self.ca.stem}-{site}"
-        key, request, cert = (str(stem) + suffix for suffix in (".key", ".csr", ".crt"))
-        names = stem.with_suffix(".ext")
-        names.write_text(f"subjectAltName=DNS:{site}\n")
-        self._openssl(
-            *("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
-            *("-keyout", key, "-out", request, "-subj", f"/CN=worker-{site}"),
-        )
-        self._openssl(
-            *("x509", "-req", "-in", request, "-CA", str(self.ca), "-CAkey", str(self._key)),
-            *("-CAcreateserial", "-days", "2", "-out", cert, "-extfile", str(names)),
-        )
-        return Tls(TlsFiles(str(self.ca), cert, key))
-
-    @staticmethod
-    def _openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], check=True, capture_output=True, timeout=60)
 
 
 @pytest.fixture(scope="module")

@@ -94,6 +94,14 @@ def test_tiny_families_are_those_of_the_builder() -> None:
             r"gpus: \[1, 1\] is not a list of different GPU indices",
         ),
         (("links:", "transfer: {frame_bytes: 1}\nlinks:"), r"transfer\.frame_bytes: 1 is not in 4096"),
+        (
+            ("links:", "transfer: {tls: {ca: /no/ca, cert: /no/c, key: /no/k}}\nlinks:"),
+            r"transfer\.tls\.ca: no file /no/ca \(for site A\)",
+        ),
+        (
+            ("links:", "transfer: {tls: {ca: x}}\nlinks:"),
+            r"transfer\.tls: object missing required field `cert`",
+        ),
         (("links:", "transfer: {connections: 0}\nlinks:"), r"transfer\.connections: 0 is not in 1\.\.64"),
         (
             ("links:", "transfer: {backend: mooncake_tcp, connections: 2}\nlinks:"),
