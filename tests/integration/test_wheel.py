@@ -1,0 +1,54 @@
+"""The wheel: the three packages with what they read at run time, and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The files of a wheel that was built from a copy of the tree."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("cache_service", "router", "prfaas_sglang", "tests", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "tree" / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run(
+        [*command, "--wheel-dir", str(folder), str(folder / "tree")],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = folder.glob("*.whl")
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_only_the_three_packages(names: set[str]) -> None:
+    """No tests, no benchmarks."""
+    tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
+    assert tops == {"cache_service", "router", "prfaas_sglang"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "prfaas_sglang/fleet/examples/demo.yaml",
+        "prfaas_sglang/cpu/stand_ins/sgl_kernel/mamba.py",
+        "cache_service/wire/cache.proto",
+        "cache_service/wire/cache_pb2.pyi",
+        "router/py.typed",
+    ],
+)
+def test_run_time_files_are_there(names: set[str], name: str) -> None:
+    """Examples, the kernels' stand-in, stubs and type markers travel along."""
+    assert name in names
