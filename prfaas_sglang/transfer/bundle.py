@@ -18,12 +18,14 @@ from prfaas_sglang.core.framing import FrameType
 from prfaas_sglang.core.outbox import Outbox
 from prfaas_sglang.core.plan import Piece
 from prfaas_sglang.core.rate import RateController, Sample
+from prfaas_sglang.transfer.telemetry import LinkSample
 from prfaas_sglang.transfer.wire import Buffer, Wire
 
 SAMPLE_S = 0.02
 
 Job = Callable[[Wire], None]
 SendPiece = Callable[[Wire, int, Piece], None]
+Observe = Callable[[LinkSample], None]
 
 
 class Member(Protocol):
@@ -42,6 +44,7 @@ class Bundle:
 
     def __init__(self) -> None:
         self._send_piece: SendPiece | None = None
+        self._observe: Observe | None = None
         self._condition = threading.Condition()
         self._control: dict[int, deque[tuple[FrameType, int, Sequence[Buffer]]]] = {}
         self._outbox = Outbox()
@@ -53,6 +56,10 @@ class Bundle:
     def on_piece(self, send_piece: SendPiece) -> None:
         """Set what puts one piece on a wire: (wire, transfer, piece), called on writer threads."""
         self._send_piece = send_piece
+
+    def on_sample(self, observe: Observe) -> None:
+        """Set who hears what the pacer samples; called on the pacer's thread."""
+        self._observe = observe
 
     def join(self, member: Member) -> None:
         """Add a connection; its writer may ask for work from now on."""
@@ -146,15 +153,26 @@ class Bundle:
         infos = [info for wire in wires if (info := wire.tcp_info()) is not None]
         if not infos:
             return self._rate.cap_bytes_per_s
-        return self._rate.update(
-            Sample(
-                now_s=time.monotonic(),
-                acked_bytes=sum(i.delivered_bytes for i in infos),
-                srtt_s=statistics.median(i.srtt_s for i in infos),
-                min_rtt_s=max(1e-5, min(i.min_rtt_s for i in infos)),
-                busy=busy,
-            )
+        sample = Sample(
+            now_s=time.monotonic(),
+            acked_bytes=sum(i.delivered_bytes for i in infos),
+            srtt_s=statistics.median(i.srtt_s for i in infos),
+            min_rtt_s=max(1e-5, min(i.min_rtt_s for i in infos)),
+            busy=busy,
         )
+        cap = self._rate.update(sample)
+        if self._observe is not None:
+            self._observe(
+                LinkSample(
+                    srtt_s=sample.srtt_s,
+                    min_rtt_s=sample.min_rtt_s,
+                    goodput_bytes_per_s=self._rate.goodput_bytes_per_s if busy else 0.0,
+                    cap_bytes_per_s=cap,
+                    sent_bytes=sum(i.sent_bytes for i in infos),
+                    retransmitted_bytes=sum(i.retransmitted_bytes for i in infos),
+                )
+            )
+        return cap
 
 
 def _send_control(wire: Wire, kind: FrameType, transfer: int, parts: Sequence[Buffer]) -> None:

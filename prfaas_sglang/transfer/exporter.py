@@ -225,6 +225,7 @@ class Exporter:
         if not first:
             return
         peer.bundle.close()
+        self._telemetry.closed(channel.peer.site, channel.peer.bundle)
         for other in others:
             other.fail(error)
         if isinstance(error, RemoteProtocolError):
@@ -354,6 +355,9 @@ class Exporter:
                 owner = peer
                 peer.bundle.on_piece(
                     lambda wire, transfer, piece: self._send_piece(owner, wire, transfer, piece)
+                )
+                peer.bundle.on_sample(
+                    lambda sample: self._telemetry.sampled(hello.site, hello.bundle, sample)
                 )
                 self._peers[hello.bundle] = peer
             elif peer is None or peer.lost or peer.worker != hello.worker:

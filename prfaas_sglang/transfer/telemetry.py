@@ -47,6 +47,25 @@ class TransferRecord:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class LinkSample:
+    """What the connections of one bundle report at one moment, as the sender sees it.
+
+    Attributes:
+        srtt_s, min_rtt_s: smoothed (median connection) and least round trip.
+        goodput_bytes_per_s: delivered lately, 0 when nothing is being sent.
+        cap_bytes_per_s: what the rate controller allows, None for no cap.
+        sent_bytes, retransmitted_bytes: since the bundle was opened, the second part of the first.
+    """
+
+    srtt_s: float
+    min_rtt_s: float
+    goodput_bytes_per_s: float
+    cap_bytes_per_s: float | None
+    sent_bytes: int
+    retransmitted_bytes: int
+
+
 class Telemetry:
     """Counters and the log of one worker's transfers. Thread-safe."""
 
@@ -75,12 +94,54 @@ class Telemetry:
         self._peers = Gauge(
             "prfaas_transfer_connections_count", "Open data connections.", registry=self.registry
         )
+        links = ("src_site", "dst_site")
+        self._gauges = {
+            "srtt_s": self._gauge("srtt_seconds", "Smoothed round trip, latest bundle.", links),
+            "min_rtt_s": self._gauge("min_rtt_seconds", "Least round trip, latest bundle.", links),
+            "goodput_bytes_per_s": self._gauge("goodput_bytes_per_second", "Delivered lately.", links),
+            "cap_bytes_per_s": self._gauge("cap_bytes_per_second", "Allowed now; 0 means no cap.", links),
+        }
+        self._retransmitted = Counter(
+            "prfaas_transfer_retransmitted_bytes_total",
+            "Bytes that TCP sent again.",
+            links,
+            registry=self.registry,
+        )
+        self._links: dict[str, dict[str, LinkSample]] = {}
         self._refused = Counter(
             "prfaas_transfer_refused_peers_total",
             "Connections closed because the peer could not be trusted.",
             ("reason",),
             registry=self.registry,
         )
+
+    def _gauge(self, name: str, what: str, labels: tuple[str, ...]) -> Gauge:
+        return Gauge(f"prfaas_transfer_{name}", what, labels, registry=self.registry)
+
+    def sampled(self, dst_site: str, bundle: str, sample: LinkSample) -> None:
+        """Take a sample of the bundle `bundle` (any unique name) towards a site."""
+        for name, gauge in self._gauges.items():
+            gauge.labels(self._site, dst_site).set(getattr(sample, name) or 0.0)
+        with self._lock:
+            site = self._links.setdefault(dst_site, {})
+            before = site.get(bundle)
+            site[bundle] = sample
+        again = sample.retransmitted_bytes - (before.retransmitted_bytes if before else 0)
+        self._retransmitted.labels(self._site, dst_site).inc(max(0, again))
+
+    def closed(self, dst_site: str, bundle: str) -> None:
+        """Forget a bundle that has ended."""
+        with self._lock:
+            self._links.get(dst_site, {}).pop(bundle, None)
+
+    def links(self) -> list[dict[str, object]]:
+        """Return the latest sample of each open bundle that has sent."""
+        with self._lock:
+            return [
+                {"src_site": self._site, "dst_site": site, **asdict(sample)}
+                for site, bundles in self._links.items()
+                for sample in bundles.values()
+            ]
 
     def record(self, record: TransferRecord) -> None:
         """Add an ended transfer."""
@@ -113,7 +174,7 @@ class Telemetry:
 
 
 def serve(telemetry: Telemetry, host: str, port: int) -> ThreadingHTTPServer:
-    """Answer GET /metrics and GET /transfers[?room=N] on host:port from a daemon thread.
+    """Answer GET /metrics, /links and /transfers[?room=N] on host:port from a daemon thread.
 
     Raises OSError when the address is taken.
     """
@@ -134,8 +195,10 @@ def serve(telemetry: Telemetry, host: str, port: int) -> ThreadingHTTPServer:
                     return
                 body = {"transfers": [asdict(r) for r in telemetry.transfers(room)]}
                 self._answer(200, "application/json", json.dumps(body).encode())
+            elif url.path == "/links":
+                self._answer(200, "application/json", json.dumps({"links": telemetry.links()}).encode())
             else:
-                self._answer(404, "text/plain", b"try /metrics or /transfers?room=N\n")
+                self._answer(404, "text/plain", b"try /metrics, /links or /transfers?room=N\n")
 
         def _answer(self, status: int, kind: str, body: bytes) -> None:
             self.send_response(status)

@@ -245,6 +245,26 @@ def test_garbage_on_the_port_is_refused_and_others_are_served(pair: Pair, garbag
     )
 
 
+def test_links_are_sampled_while_they_send(pair: Pair) -> None:
+    """A transfer of some megabytes leaves round trips, and the bundle is forgotten when it ends."""
+    for room in range(20):
+        pair.begin(room, list(range(500)), state=0, aux=0)
+        pair.prefill.wait(room, "grant")
+        pair.exporter.send(room, list(range(500)), states=[[0]], aux_row=0, last=True)
+        pair.decode.wait(room, "done")
+        if any(int(str(link["sent_bytes"])) > 500 * 8192 for link in pair.prefill.telemetry.links()):
+            break
+    (link,) = pair.prefill.telemetry.links()
+    assert (link["src_site"], link["dst_site"]) == ("X", "B")
+    assert 0 < float(str(link["min_rtt_s"])) <= float(str(link["srtt_s"])) < 1
+    assert int(str(link["sent_bytes"])) > 500 * 8192
+    metrics = telemetry.generate_latest(pair.prefill.telemetry.registry).decode()
+    assert 'prfaas_transfer_srtt_seconds{dst_site="B",src_site="X"}' in metrics
+    pair.importer.close()
+    pair.exporter.close()
+    assert pair.prefill.telemetry.links() == []
+
+
 def test_telemetry_answers_by_room() -> None:
     """GET /transfers?room=N gives the record, /metrics the counters, anything else a hint."""
     source = Telemetry("A")
