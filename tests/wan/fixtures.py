@@ -1,6 +1,6 @@
 """The pytest fixture `wan`: makes links for one test and removes them, whatever the test did.
 
-In a test module: `pytest_plugins = ("tests.wan.fixtures",)`, then
+In a test module: `from tests.wan.fixtures import MakeWan, wan_fixture  # noqa: F401`, then
 
     def test_it(wan: MakeWan) -> None:
         link = wan("lossy", rate_bps=200e6)
@@ -28,8 +28,8 @@ class MakeWan(Protocol):
     ) -> Wan: ...
 
 
-@pytest.fixture
-def wan() -> Iterator[MakeWan]:
+@pytest.fixture(name="wan")
+def wan_fixture() -> Iterator[MakeWan]:
     """Make links of named profiles that live as long as the test."""
     reason = missing()
     if reason:

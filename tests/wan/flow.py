@@ -1,7 +1,7 @@
 """Traffic for measuring a link from within one process: a TCP stream, numbered datagrams, a ping.
 
 Sockets are opened on the two sides of the link and served by threads here, so that a test sees progress as a
-variable and can wait for it. The Python interpreter adds up to a few tenths of a millisecond to a round trip.
+variable and can wait for it. Arrivals are stamped by the kernel: how soon Python runs does not count.
 """
 
 from __future__ import annotations
@@ -20,18 +20,26 @@ from dataclasses import dataclass
 
 from tests.wan.link import Wan
 
-_SO_RCVBUFFORCE = 33
+_SO_RCVBUFFORCE, _SO_TIMESTAMPNS = 33, 35
 _CHUNK = 64 << 10
 
 
 class Stream:
     """One TCP connection from one side to the other that sends as fast as it may.
 
+    timeout_s: for the connection and for each send; the constructor raises TimeoutError.
     payload: sent once, and the receiver's SHA-256 is `digest()`; without it zeros are sent until `close`.
     """
 
     def __init__(
-        self, wan: Wan, way: str = "a2b", *, payload: bytes | None = None, version: int = 4, cc: str = ""
+        self,
+        wan: Wan,
+        way: str = "a2b",
+        *,
+        payload: bytes | None = None,
+        version: int = 4,
+        cc: str = "",
+        timeout_s: float = 30,
     ) -> None:
         sender, receiver = way[0], way[2]
         family = socket.AF_INET if version == 4 else socket.AF_INET6
@@ -39,14 +47,18 @@ class Stream:
             server = socket.socket(family, socket.SOCK_STREAM)
         with wan.entered(sender):
             self._out = socket.socket(family, socket.SOCK_STREAM)
-        self._out.settimeout(30)
+        self._out.settimeout(timeout_s)
         if cc:
             self._out.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, cc.encode())
         with server:
             server.bind((wan.address(receiver, version), 0))
             server.listen(1)
             server.settimeout(30)
-            self._out.connect(server.getsockname()[:2])
+            try:
+                self._out.connect(server.getsockname()[:2])
+            except OSError:
+                self._out.close()
+                raise
             self._in, _ = server.accept()
         self._in.settimeout(60)
         self._payload = payload
@@ -163,35 +175,47 @@ def _datagram_pair(wan: Wan) -> Iterator[tuple[socket.socket, socket.socket]]:
         for side, end in (("a", a), ("b", b)):
             end.bind((wan.address(side), 0))
             end.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 32 << 20)
+            end.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
             end.settimeout(10)
         a.connect(b.getsockname())
         yield a, b
 
 
+def _receive_stamped(end: socket.socket) -> tuple[bytes, float]:
+    data, ancillary, _, _ = end.recvmsg(65536, socket.CMSG_SPACE(16))
+    seconds, nanoseconds = struct.unpack("qq", ancillary[0][2])
+    return data, seconds + nanoseconds / 1e9
+
+
 def round_trips(wan: Wan, count: int) -> list[float]:
-    """Round trips of `count` datagrams sent one after another, seconds."""
+    """Round trips of `count` ICMP echoes from a to b, one after another, seconds.
+
+    The far kernel answers and the near one stamps the answer, so that no other process has to be scheduled.
+    """
     times = []
-    with _datagram_pair(wan) as (a, b):
-
-        def echo() -> None:
-            for _ in range(count):
-                data, sender = b.recvfrom(64)
-                b.sendto(data, sender)
-
-        thread = threading.Thread(target=echo, daemon=True)
-        thread.start()
-        for _ in range(count):
-            start = time.perf_counter()
-            a.send(b"ping")
-            a.recv(64)
-            times.append(time.perf_counter() - start)
-        thread.join(10)
+    with wan.entered("a"):
+        end = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+    with end:
+        end.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+        end.settimeout(10)
+        end.connect((wan.address("b"), 0))
+        for number in range(count):
+            # type 8 (echo), code, checksum (of these 16-bit words), identifier, sequence number
+            echo = struct.pack("!BBHHH", 8, 0, 0xFFFF - 0x0800 - number, 0, number)
+            sent_s = time.time()
+            end.send(echo)
+            while True:
+                data, arrived_s = _receive_stamped(end)
+                kind, _, _, _, answered = struct.unpack_from("!BBHHH", data, 20)
+                if (kind, answered) == (0, number):
+                    break
+            times.append(arrived_s - sent_s)
     return times
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A datagram that arrived: its number, when it was sent and when it came (perf_counter, seconds)."""
+    """A datagram that arrived: its number, when it was sent and when the kernel had it (time.time)."""
 
     index: int
     sent_s: float
@@ -210,8 +234,7 @@ def datagrams(wan: Wan, count: int, *, payload: int = 64, per_s: float = 40_000)
 
         def collect() -> None:
             while True:
-                data = b.recv(65536)
-                now = time.perf_counter()
+                data, now = _receive_stamped(b)
                 index, sent = struct.unpack_from("!Id", data)
                 if index == 0xFFFFFFFF:
                     ended.set()
@@ -220,13 +243,13 @@ def datagrams(wan: Wan, count: int, *, payload: int = 64, per_s: float = 40_000)
 
         thread = threading.Thread(target=collect, daemon=True)
         thread.start()
-        start = time.perf_counter()
+        start = time.time()
         for index in range(count):
-            now = time.perf_counter()
+            now = time.time()
             ahead = start + index / per_s - now
             if ahead > 0.0005:
                 time.sleep(ahead)
-                now = time.perf_counter()
+                now = time.time()
             a.send(struct.pack("!Id", index, now) + body)
         deadline = time.perf_counter() + 10
         while not ended.wait(0.05) and time.perf_counter() < deadline:
