@@ -72,12 +72,20 @@ class Handler(Protocol):
         """The channel ended; called once."""
 
 
-def exchange_hellos(wire: Wire, identity: Identity, bundle: str = "", index: int = 0) -> Hello:
-    """Send our hello (decode's names the bundle and the connection's number in it), judge the peer's.
+def dial_hello(wire: Wire, identity: Identity, bundle: str, index: int) -> Hello:
+    """Introduce ourselves on a connection that we dialed, as number `index` of a bundle; judge the answer.
 
     Raises LayoutMismatch or RemoteProtocolError (after telling the peer why), ConnectionLost.
     """
     wire.send(FrameType.HELLO, 0, [identity.hello(bundle, index)])
+    return receive_hello(wire, identity)
+
+
+def receive_hello(wire: Wire, identity: Identity) -> Hello:
+    """Read and judge the peer's hello. A listener answers with its own once the peer is admitted.
+
+    Raises as `dial_hello`.
+    """
     header = wire.read_header(HANDSHAKE_S)
     if header is None:
         raise ConnectionLost(f"no hello within {HANDSHAKE_S:.0f} s")
@@ -100,9 +108,14 @@ def exchange_hellos(wire: Wire, identity: Identity, bundle: str = "", index: int
         if found:
             raise LayoutMismatch("layouts differ: " + "; ".join(found[:4]))
     except RemoteProtocolError as error:
-        wire.send(FrameType.ABORT, 0, [encode_reason(str(error))])
+        refuse(wire, error)
         raise
     return hello
+
+
+def refuse(wire: Wire, error: PrfaasError) -> None:
+    """Tell the peer why its connection ends."""
+    wire.send(FrameType.ABORT, 0, [encode_reason(str(error))])
 
 
 class Channel:

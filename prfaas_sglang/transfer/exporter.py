@@ -31,7 +31,7 @@ from prfaas_sglang.core.outbox import due_s
 from prfaas_sglang.core.plan import DEFAULT_FRAME_BYTES, Piece
 from prfaas_sglang.core.session import ExportSession
 from prfaas_sglang.transfer.bundle import Bundle
-from prfaas_sglang.transfer.channel import Channel, Identity, exchange_hellos
+from prfaas_sglang.transfer.channel import Channel, Identity, receive_hello, refuse
 from prfaas_sglang.transfer.memory import RowMemory
 from prfaas_sglang.transfer.telemetry import Telemetry, TransferRecord
 from prfaas_sglang.transfer.tls import Tls
@@ -322,15 +322,15 @@ class Exporter:
             ).start()
 
     def _welcome(self, sock: socket.socket, address: object) -> None:
-        tune(sock)
         try:
+            tune(sock)
             wire = Wire(self._tls.accept(sock) if self._tls is not None else sock)
         except PrfaasError as error:
             logger.warning("peer_refused address=%s reason=%s", address, error)
             self._telemetry.refused(error.reason)
             return
         try:
-            hello = exchange_hellos(wire, self._identity)
+            hello = receive_hello(wire, self._identity)
             channel = self._admit(wire, hello)
         except PrfaasError as error:
             logger.warning("peer_refused address=%s reason=%s", address, error)
@@ -338,12 +338,27 @@ class Exporter:
             wire.release()
             return
         self._telemetry.connected(+1)
+        try:
+            # only now: the peer dials the bundle's other connections when it has our hello
+            wire.send(FrameType.HELLO, 0, [self._identity.hello()])
+        except PrfaasError as error:
+            wire.release()
+            self.lost(channel, error)
+            return
         if hello.index == 0:
             logger.info("decode_worker_connected worker=%s site=%s", hello.worker, hello.site)
         channel.start()
 
     def _admit(self, wire: Wire, hello: Hello) -> Channel:
-        """Make the channel of a new connection: the first of a bundle, or one more of a known one."""
+        """Make the channel of a new connection; tell the peer when there is no place for it."""
+        try:
+            return self._place(wire, hello)
+        except PrfaasError as error:
+            refuse(wire, error)
+            raise
+
+    def _place(self, wire: Wire, hello: Hello) -> Channel:
+        """Put a new connection where it belongs: the first of a bundle, or one more of a known one."""
         with self._lock:
             peer = self._peers.get(hello.bundle)
             if hello.index == 0:

@@ -35,7 +35,7 @@ from prfaas_sglang.core.framing import (
 from prfaas_sglang.core.layout import Hello
 from prfaas_sglang.core.session import ImportSession
 from prfaas_sglang.transfer.bundle import Bundle
-from prfaas_sglang.transfer.channel import Channel, Identity, exchange_hellos
+from prfaas_sglang.transfer.channel import Channel, Identity, dial_hello
 from prfaas_sglang.transfer.memory import RowMemory
 from prfaas_sglang.transfer.telemetry import Telemetry, TransferRecord
 from prfaas_sglang.transfer.tls import Tls
@@ -247,7 +247,7 @@ class Importer:
         tune(sock)
         wire = Wire(self._tls.connect(sock) if self._tls is not None else sock)
         try:
-            return wire, exchange_hellos(wire, self._identity, bundle, index)
+            return wire, dial_hello(wire, self._identity, bundle, index)
         except PrfaasError:
             wire.release()
             raise

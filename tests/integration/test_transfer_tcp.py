@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 
 import pytest
+import xxhash
 
 from cache_service.core.errors import TransferError
 from prfaas_sglang.core.framing import HEADER_BYTES, FrameType, Grant, Header, encode_header
+from prfaas_sglang.core.layout import Hello, encode_hello, to_json
 from prfaas_sglang.transfer import telemetry
 from prfaas_sglang.transfer.channel import Identity
 from prfaas_sglang.transfer.importer import Importer
@@ -243,6 +245,24 @@ def test_garbage_on_the_port_is_refused_and_others_are_served(pair: Pair, garbag
         "prfaas_transfer_refused_peers_total{"
         in telemetry.generate_latest(pair.prefill.telemetry.registry).decode()
     )
+
+
+def test_a_listener_answers_only_whom_it_has_admitted(pair: Pair) -> None:
+    """A data connection of an unknown bundle is told so before any hello of ours.
+
+    Decode dials its further connections when it has our hello; had we sent it before the bundle was known,
+    those could overtake the first and be refused.
+    """
+    hello = encode_hello(Hello("decode", "B", "b-9", 0, to_json(LAYOUT), "no-such-bundle", 1))
+    header = Header(FrameType.HELLO, len(hello), 0, xxhash.xxh3_64_intdigest(hello))
+    with socket.create_connection(pair.address, timeout=WAIT_S) as stranger:
+        stranger.sendall(encode_header(header) + hello)
+        answer = b""
+        while data := stranger.recv(65536):
+            answer += data
+    first = decode_header(answer[:HEADER_BYTES])
+    assert first.type is FrameType.ABORT
+    assert b"bundle: is not known" in answer
 
 
 def test_links_are_sampled_while_they_send(pair: Pair) -> None:
