@@ -15,7 +15,7 @@ import pytest
 import xxhash
 
 from cache_service.core.errors import TransferError
-from prfaas_sglang.core.framing import HEADER_BYTES, FrameType, Header, decode_header, encode_header
+from prfaas_sglang.core.framing import HEADER_BYTES, FrameType, Grant, Header, decode_header, encode_header
 from prfaas_sglang.core.layout import Hello, encode_hello, to_json
 from prfaas_sglang.transfer import telemetry
 from prfaas_sglang.transfer.channel import Identity
