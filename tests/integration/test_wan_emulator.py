@@ -264,8 +264,8 @@ def test_a_killed_owner_leaves_nothing(wan: MakeWan, guardian_too: bool) -> None
         "import sys; from tests.wan.link import Wan; link = Wan('metro').up();"
         "link.start('a', ['sleep', '600']); print(link.name, flush=True); sys.stdin.read()"
     )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True, **pipes) as owner:
+    argv = [sys.executable, "-c", script]
+    with subprocess.Popen(argv, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None
         name = owner.stdout.readline().strip()
         record = teardown.read_record(teardown.STATE / name)

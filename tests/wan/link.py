@@ -284,13 +284,13 @@ class Wan:
         """Counters and settings of now."""
         answer = self._ask("stats")
         dropped = self._read_host_dropped()
-        ways = []
+        ways: dict[str, DirectionStats] = {}
         for way, count, before in zip(WAYS[:2], dropped, self._host_dropped, strict=True):
             fields = answer[way]
             chosen = fields.pop("settings")
             chosen["up"] = bool(chosen["up"])
-            ways.append(DirectionStats(Direction(**chosen), **fields, host_dropped=count - before))
-        return LinkStats(*ways, realtime=answer["realtime"], cpu_s=answer["cpu_s"])
+            ways[way] = DirectionStats(Direction(**chosen), **fields, host_dropped=count - before)
+        return LinkStats(ways["a2b"], ways["b2a"], realtime=answer["realtime"], cpu_s=answer["cpu_s"])
 
     def reset(self) -> None:
         """Set the counters to zero."""

@@ -7,6 +7,7 @@ Values describe leased or well-peered paths between datacenters, not access line
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cache_service.core.errors import ConfigError
 from tests.wan.settings import Direction
@@ -31,13 +32,13 @@ class Profile:
         """Bytes that fill the path from a to b for one round trip; 0 without a rate limit."""
         return self.a2b.rate_bps * self.rtt_s / 8
 
-    def with_(self, **changes: float) -> Profile:
+    def with_(self, **changes: Any) -> Profile:
         """Return the profile with `changes` (fields of Direction) in both directions."""
         return replace(self, a2b=replace(self.a2b, **changes), b2a=replace(self.b2a, **changes))
 
 
-def _symmetric(name: str, about: str, **values: float) -> Profile:
-    direction = Direction(**values)  # type: ignore[arg-type]
+def _symmetric(name: str, about: str, **values: Any) -> Profile:
+    direction = Direction(**values)
     return Profile(name, about, direction, direction)
 
 

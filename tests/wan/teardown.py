@@ -54,7 +54,8 @@ def write_record(directory: Path, record: dict[str, Any]) -> None:
 def read_record(directory: Path) -> dict[str, Any] | None:
     """The record of a link, or None when there is none."""
     try:
-        return json.loads((directory / RECORD).read_text())
+        record: dict[str, Any] = json.loads((directory / RECORD).read_text())
+        return record
     except (FileNotFoundError, NotADirectoryError):
         return None
 
