@@ -11,6 +11,7 @@ import hashlib
 import os
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -131,6 +132,18 @@ def test_partition_stops_everything_and_healing_resumes(wan: MakeWan) -> None:
         stream.wait_received(stream.received + (4 << 20), WAIT_S)
 
 
+def test_partition_drops_what_is_in_flight(wan: MakeWan) -> None:
+    link = wan("metro", delay_s=0.5)
+    with link.entered("a"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end:
+        for _ in range(10):
+            end.sendto(b"lost", (link.address("b"), 9))
+    until(lambda: link.stats().a2b.in_flight == 10)
+    link.partition()
+    until(lambda: link.stats().a2b.in_flight == 0)
+    stats = link.stats().a2b
+    assert (stats.down_dropped, stats.out_writes) == (10, 0)
+
+
 def test_one_way_partition(wan: MakeWan) -> None:
     link = wan("metro")
     link.partition("b2a")
@@ -165,6 +178,7 @@ def test_rate_changes_while_packets_flow(wan: MakeWan) -> None:
         times = [a.arrived_s for a in arrivals if start + 0.1 < a.arrived_s < end]
         rate = (len(times) - 1) * payload * 8 / (times[-1] - times[0])
         assert rate == pytest.approx(limit_per_bit * rate_bps, rel=0.04)
+        assert times[0] - (start + 0.1) < 0.05  # no pause
     assert link.stats().a2b.settings.rate_bps == 20e6
 
 
