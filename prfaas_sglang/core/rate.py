@@ -166,7 +166,9 @@ class RateController:
             self._set_cap((DEEP_DRAIN_RATIO if deep else DRAIN_RATIO) * self._full_bytes_per_s)
             self._drain_until_s = sample.now_s + window
             return
-        self._settle(sample, self._full_bytes_per_s * HEADROOM, window)
+        self.phase = Phase.CRUISE
+        self._set_cap(self._full_bytes_per_s * HEADROOM)
+        self._step = PROBE
         self._next_probe_s = sample.now_s + max(FULL_PAUSE_S, 4 * window)
 
     def _start_drain(self, sample: Sample, window: float) -> None:
@@ -174,12 +176,6 @@ class RateController:
         self._full_bytes_per_s = self.goodput_bytes_per_s
         self._set_cap(DRAIN_RATIO * self.goodput_bytes_per_s)
         self._drain_until_s = sample.now_s + window
-
-    def _settle(self, sample: Sample, cap: float, window: float) -> None:
-        self.phase = Phase.CRUISE
-        self._set_cap(cap)
-        self._step = PROBE
-        self._next_probe_s = sample.now_s + 2 * window
 
     def _set_cap(self, value: float) -> None:
         self.cap_bytes_per_s = max(FLOOR_BYTES_PER_S, value)

@@ -70,11 +70,6 @@ class Bundle:
                 self._pacer = threading.Thread(target=self._pace_loop, name="prfaas-pacer", daemon=True)
                 self._pacer.start()
 
-    def members(self) -> list[Member]:
-        """Return the connections, by number."""
-        with self._condition:
-            return [self._members[i] for i in sorted(self._members)]
-
     def close(self) -> None:
         """No more work; writers and the pacer end."""
         with self._condition:

@@ -19,9 +19,6 @@ class TcpInfo:
         delivered_bytes: payload that arrived, as acknowledgements tell, selective ones included (in whole
             segments; unlike the cumulative count it does not stand still while a loss is repaired).
         sent_bytes, retransmitted_bytes: payload put on the wire so far, the second part of the first.
-        unacked_segments: segments in flight.
-        unsent_bytes: accepted from us, not on the wire yet.
-        delivery_bytes_per_s: the kernel's latest delivery-rate sample.
     """
 
     srtt_s: float
@@ -29,9 +26,6 @@ class TcpInfo:
     delivered_bytes: int
     sent_bytes: int
     retransmitted_bytes: int
-    unacked_segments: int
-    unsent_bytes: int
-    delivery_bytes_per_s: int
 
 
 def read_tcp_info(sock: socket.socket) -> TcpInfo:
@@ -45,7 +39,4 @@ def read_tcp_info(sock: socket.socket) -> TcpInfo:
         delivered_bytes=f[46] * f[8 + 2],
         sent_bytes=f[48],
         retransmitted_bytes=f[48 + 1],
-        unacked_segments=f[8 + 4],
-        unsent_bytes=f[36 + 2],
-        delivery_bytes_per_s=f[42],
     )

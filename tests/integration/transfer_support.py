@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import threading
 
-from prfaas_sglang.core.framing import Grant
 from prfaas_sglang.core.layout import Component, Layout
 from prfaas_sglang.transfer.channel import Identity
 from prfaas_sglang.transfer.exporter import Exporter
@@ -70,7 +69,6 @@ class Pair:
         decode_tls: Tls | None = None,
     ) -> None:
         self.prefill, self.decode = Side(1), Side(2)
-        self.grants: dict[int, Grant] = {}
         self.exporter = Exporter(
             Identity("prefill", "A", "a-0", 0, LAYOUT),
             self.prefill.memory,
