@@ -39,6 +39,7 @@ class FrameType(IntEnum):
     ABORT = 6  # both: the transfer (or, with transfer id 0, the connection) is over
     PING = 7  # both: liveness probe
     PONG = 8  # both: its answer
+    CANCEL = 9  # decode: "nothing will be granted for this room"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,22 +141,26 @@ class Data:
     """Descriptor at the head of a DATA payload: `count` rows of one tensor, from position `first`.
 
     Positions count inside the transfer (0 = first granted page, state row or the aux row); they are never
-    the receiver's own row numbers, so a peer cannot name memory that was not granted.
+    the receiver's own row numbers, so a peer cannot name memory that was not granted. `codec` says how the
+    rows that follow are coded; RAW means byte for byte.
     """
 
     component: int
     tensor: int
     first: int
     count: int
+    codec: int = 0
 
 
-_DATA = struct.Struct("<HHII")
+#: Rows travel byte for byte.
+RAW = 0
+_DATA = struct.Struct("<HHIIB3x")
 DATA_BYTES = _DATA.size
 
 
 def encode_data(data: Data) -> bytes:
     """Return the descriptor bytes."""
-    return _DATA.pack(data.component, data.tensor, data.first, data.count)
+    return _DATA.pack(data.component, data.tensor, data.first, data.count, data.codec)
 
 
 def decode_data(payload: bytes | bytearray | memoryview) -> Data:
@@ -163,6 +168,21 @@ def decode_data(payload: bytes | bytearray | memoryview) -> Data:
     if len(payload) != DATA_BYTES:
         raise RemoteProtocolError("data: descriptor too short", reason="data")
     return Data(*_DATA.unpack(payload))
+
+
+_ROOM = struct.Struct("<Q")
+
+
+def encode_room(room: int) -> bytes:
+    """Return a CANCEL payload."""
+    return _ROOM.pack(room)
+
+
+def decode_room(payload: bytes) -> int:
+    """Parse a CANCEL payload. Raises RemoteProtocolError on a wrong length."""
+    if len(payload) != _ROOM.size:
+        raise RemoteProtocolError("cancel: expected 8 bytes", reason="cancel")
+    return int(_ROOM.unpack(payload)[0])
 
 
 _TOTAL = struct.Struct("<Q")
