@@ -37,6 +37,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             --disaggregation-bootstrap-port (plus the tensor-parallel rank).
         telemetry_listen: host:port for GET /metrics and /transfers, "" for none. Rank 0 only.
         frame_bytes: bytes of KV per frame, 4 KiB to 4 MiB.
+        staging_bytes: host memory in which a prefill worker keeps KV that is computed and not yet delivered,
+            so that its pages and its answer wait for neither the decode worker nor the link; 0 for none.
+            Taken from the system as it is used.
         connections: TCP connections that a decode worker opens to each prefill rank, 1 to 64.
         tls: mutual TLS on the data connections; None sends KV in the clear.
     """
@@ -46,6 +49,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     listen_host: str = "0.0.0.0"
     telemetry_listen: str = ""
     frame_bytes: int = 256 << 10
+    staging_bytes: int = 1 << 30
     connections: int = 4
     tls: TlsConfig | None = None
 
@@ -58,6 +62,10 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if not 4 << 10 <= self.frame_bytes <= 4 << 20:
             raise ConfigError(
                 f"{ENVIRONMENT_VARIABLE}.frame_bytes: {self.frame_bytes} is not in 4096..4194304"
+            )
+        if not 0 <= self.staging_bytes <= 1 << 42:
+            raise ConfigError(
+                f"{ENVIRONMENT_VARIABLE}.staging_bytes: {self.staging_bytes} is not in 0..{1 << 42}"
             )
         if not 1 <= self.connections <= 64:
             raise ConfigError(f"{ENVIRONMENT_VARIABLE}.connections: {self.connections} is not in 1..64")

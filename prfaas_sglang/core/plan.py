@@ -19,10 +19,19 @@ DEFAULT_FRAME_BYTES = 256 << 10
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One DATA frame to be: its descriptor, and the sender's own row numbers for it."""
+    """One DATA frame to be.
+
+    Attributes:
+        data: its descriptor.
+        rows: the sender's own row numbers, for a piece that is read from the pool.
+        staged: where its bytes start in staging memory; None for a piece that is read from the pool.
+        mark: what the engine must have done before the rows are read (see PoolMemory.mark).
+    """
 
     data: Data
     rows: tuple[int, ...]
+    staged: int | None = None
+    mark: object = None
 
 
 def plan_component(
@@ -31,19 +40,22 @@ def plan_component(
     rows: Sequence[int],
     *,
     first: int = 0,
+    tensors: Sequence[int] | None = None,
     frame_bytes: int = DEFAULT_FRAME_BYTES,
 ) -> Iterator[Piece]:
-    """Yield the pieces that carry `rows` of every tensor of one component.
+    """Yield the pieces that carry `rows` of some tensors of one component.
 
     Args:
         number: component number in the layout.
         rows: the sender's row numbers; they become positions first, first + 1, ...
         first: position of rows[0] in the transfer.
+        tensors: tensor numbers, all of them by default.
         frame_bytes: bound of one frame's row bytes.
 
     Raises ValueError for a row that can never fit a frame.
     """
-    for tensor, row_bytes in enumerate(component.row_bytes):
+    for tensor in range(len(component.row_bytes)) if tensors is None else tensors:
+        row_bytes = component.row_bytes[tensor]
         if row_bytes + 64 > MAX_PAYLOAD_BYTES:
             raise ValueError(f"{component.kind} row of {row_bytes} bytes exceeds a frame")
         per_frame = max(1, min(frame_bytes // row_bytes, 1000))

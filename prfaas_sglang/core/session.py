@@ -1,43 +1,116 @@
 """The two halves of one transfer, as state machines over positions. No memory, sockets or clock here.
 
-    export (prefill):  add_chunk* -> last chunk -> finished by DONE, ended by ABORT
+    export (prefill):  opened -> chunks and the grant come, in any order -> finished by DONE, ended by ABORT
     import (decode):   granted -> place(DATA)* -> COMMIT -> complete when every granted row arrived once
 
-A receiver never takes a row number from its peer: a position is looked up in what this side granted. Every
-position of every tensor must arrive exactly once, in any order, before the import is complete.
+Prefill counts prompt pages from the prompt's begin; the wire counts positions from the end of the prefix that
+decode already holds. A receiver never takes a row number from its peer: a position is looked up in what this
+side granted. Every position of every tensor must arrive exactly once, in any order, before the import is
+complete.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cache_service.core.errors import LocalProtocolError, RemoteProtocolError
-from prfaas_sglang.core.framing import Data, Grant
+from prfaas_sglang.core.framing import RAW, Data, Grant
 from prfaas_sglang.core.layout import KV, Layout
 from prfaas_sglang.core.plan import DEFAULT_FRAME_BYTES, Piece, plan_component
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of some tensors of one component that are ready to travel.
+
+    Attributes:
+        component, tensors: which tensors.
+        first: prompt page of rows[0] (KV), or 0.
+        rows: this side's row numbers.
+        staged: per tensor, where the rows' bytes start in staging memory; None when they are in the pool.
+        mark: what the engine must have done before the rows are read (see PoolMemory.mark).
+    """
+
+    component: int
+    tensors: tuple[int, ...]
+    first: int
+    rows: tuple[int, ...]
+    staged: tuple[int, ...] | None = None
+    mark: object = None
+
+
 @dataclass(slots=True)
 class ExportSession:
-    """Prefill's half: turns chunks of page numbers into pieces and counts what was promised.
+    """Prefill's half: checks what the engine offers against what decode permits, and cuts it into pieces.
 
     Attributes:
         layout: the pools' layout (equal on both sides).
-        grant: what decode permits.
+        grant: what decode permits, None until it said so.
+        prompt_pages: pages of the whole prompt, None when the engine has not said.
     """
 
     layout: Layout
-    grant: Grant
     frame_bytes: int = DEFAULT_FRAME_BYTES
-    sent_pages: int = 0
-    total_bytes: int = 0
+    prompt_pages: int | None = None
+    grant: Grant | None = None
+    offered_pages: int = 0
     last_seen: bool = False
+    _ahead: tuple[int, ...] = ()  # pages after offered_pages of which some tensors went ahead
+    _ahead_tensors: set[int] = field(default_factory=set)
 
-    def granted_bytes(self) -> int:
-        """Return the row bytes that the whole transfer will have."""
+    @property
+    def prefix_pages(self) -> int:
+        """Pages at the prompt's begin that decode holds already; 0 until the grant is there."""
+        return 0 if self.grant is None else self.grant.prefix_tokens // self.layout.page_size
+
+    @property
+    def total_bytes(self) -> int:
+        """Row bytes that the whole transfer will have, 0 before the grant."""
+        if self.grant is None:
+            return 0
         rows = (self.grant.pages, *self.grant.state_rows, 1)
         return sum(c.bytes_per_row * n for c, n in zip(self.layout.components, rows, strict=True))
+
+    def accept(self, grant: Grant) -> None:
+        """Take decode's grant. Raises RemoteProtocolError when it does not fit the layout or the prompt."""
+        if len(grant.state_rows) != len(self.layout.states):
+            raise RemoteProtocolError(
+                f"grant: {len(grant.state_rows)} state components, layout has {len(self.layout.states)}",
+                reason="grant",
+            )
+        if grant.prefix_tokens % self.layout.page_size:
+            raise RemoteProtocolError(
+                f"grant: prefix of {grant.prefix_tokens} tokens is not whole pages of "
+                f"{self.layout.page_size}",
+                reason="grant",
+            )
+        pages = grant.prefix_tokens // self.layout.page_size + grant.pages
+        if self.prompt_pages is not None and pages != self.prompt_pages:
+            raise RemoteProtocolError(
+                f"grant: prefix and pages make {pages} pages, the prompt has {self.prompt_pages}",
+                reason="grant",
+            )
+        self.grant = grant
+
+    def ahead(self, pages: Sequence[int], tensors: Sequence[int], mark: object = None) -> Part:
+        """Return the part that carries some KV tensors of the next chunk's first pages before the rest.
+
+        Args:
+            pages: this side's page numbers; the same ones for every call of a chunk.
+            tensors: KV tensors whose rows are final.
+
+        Raises LocalProtocolError when pages changed or a tensor went already: `chunk` then fails as well.
+        """
+        pages = tuple(pages)
+        if self.last_seen or (self._ahead_tensors and pages != self._ahead):
+            raise LocalProtocolError("layers sent ahead of other pages than before", reason="ahead")
+        if self._ahead_tensors & set(tensors):
+            raise LocalProtocolError("a layer was sent ahead twice", reason="ahead")
+        self._check_pages(self.offered_pages + len(pages))
+        self._ahead = pages
+        self._ahead_tensors |= set(tensors)
+        return Part(KV, tuple(tensors), self.offered_pages, pages, mark=mark)
 
     def chunk(
         self,
@@ -46,8 +119,9 @@ class ExportSession:
         states: Sequence[Sequence[int] | None] | None = None,
         aux_row: int | None = None,
         last: bool = False,
-    ) -> Iterator[Piece]:
-        """Yield the pieces of the next chunk.
+        mark: object = None,
+    ) -> list[Part]:
+        """Return the parts of the next chunk, less what went ahead.
 
         Args:
             pages: this side's page numbers, the next ones in prompt order.
@@ -55,59 +129,101 @@ class ExportSession:
             aux_row: with the last chunk, this side's metadata row.
             last: the prompt ends here.
 
-        Raises LocalProtocolError when the engine offers pages or state that the grant does not cover.
+        Raises LocalProtocolError when the engine offers pages or state that do not fit the prompt or the
+        grant, or other pages than went ahead.
         """
         if self.last_seen:
             raise LocalProtocolError("chunk after the last one", reason="chunk_order")
-        first = self.sent_pages
-        if first + len(pages) > self.grant.pages:
-            raise LocalProtocolError(
-                f"{first + len(pages)} pages to send, {self.grant.pages} granted", reason="pages"
-            )
-        self.sent_pages += len(pages)
-        pieces = plan_component(
-            KV, self.layout.components[KV], pages, first=first, frame_bytes=self.frame_bytes
-        )
-        self.total_bytes += len(pages) * self.layout.components[KV].bytes_per_row
-        if not last:
-            return pieces
-        self.last_seen = True
-        if self.sent_pages != self.grant.pages:
-            raise LocalProtocolError(
-                f"prompt ended after {self.sent_pages} pages, {self.grant.pages} granted", reason="pages"
-            )
-        rows_by_component = self._last_rows(states or [], aux_row)
-        for number, rows in rows_by_component:
-            self.total_bytes += len(rows) * self.layout.components[number].bytes_per_row
-        return self._chain(pieces, rows_by_component)
+        pages = tuple(pages)
+        gone = len(self._ahead)
+        if pages[:gone] != self._ahead:
+            raise LocalProtocolError("a chunk's pages changed after layers were sent ahead", reason="ahead")
+        self._check_pages(self.offered_pages + len(pages), last=last)
+        every = tuple(range(len(self.layout.components[KV].row_bytes)))
+        rest = tuple(t for t in every if t not in self._ahead_tensors)
+        parts = [
+            Part(KV, rest if gone else every, self.offered_pages, pages[:gone], mark=mark),
+            Part(KV, every, self.offered_pages + gone, pages[gone:], mark=mark),
+        ]
+        self.offered_pages += len(pages)
+        self._ahead, self._ahead_tensors = (), set()
+        if last:
+            parts += self._last_parts(states or [], aux_row, mark)
+            self.last_seen = True
+        return [part for part in parts if part.rows and part.tensors]
 
-    def _last_rows(
-        self, states: Sequence[Sequence[int] | None], aux_row: int | None
-    ) -> list[tuple[int, Sequence[int]]]:
+    def _check_pages(self, pages: int, *, last: bool = False) -> None:
+        wanted = self.prompt_pages
+        if wanted is None and self.grant is not None:
+            wanted = self.prefix_pages + self.grant.pages
+        if wanted is not None and pages > wanted:
+            raise LocalProtocolError(f"{pages} pages to send of a prompt of {wanted}", reason="pages")
+        if last and wanted is not None and pages != wanted:
+            raise LocalProtocolError(f"prompt ended after {pages} of {wanted} pages", reason="pages")
+
+    def _last_parts(
+        self, states: Sequence[Sequence[int] | None], aux_row: int | None, mark: object
+    ) -> list[Part]:
         if aux_row is None:
             raise LocalProtocolError("last chunk without its metadata row", reason="aux")
         if len(states) != len(self.layout.states):
             raise LocalProtocolError(
                 f"{len(states)} state components, layout has {len(self.layout.states)}", reason="state"
             )
-        rows: list[tuple[int, Sequence[int]]] = []
-        for i, state in enumerate(states):
-            state = state if state is not None else ()
-            if len(state) != self.grant.state_rows[i]:
-                raise LocalProtocolError(
-                    f"{len(state)} rows of state {self.layout.states[i].kind}, "
-                    f"{self.grant.state_rows[i]} granted",
-                    reason="state",
-                )
-            rows.append((i + 1, state))
-        rows.append((self.layout.aux, (aux_row,)))
-        return rows
+        rows = [tuple(state if state is not None else ()) for state in states]
+        if self.grant is not None:
+            for i, state in enumerate(rows):
+                self._surplus(i, len(state), LocalProtocolError)
+        return [
+            Part(number, tuple(range(len(self.layout.components[number].row_bytes))), 0, part, mark=mark)
+            for number, part in [*enumerate(rows, 1), (self.layout.aux, (aux_row,))]
+        ]
 
-    def _chain(self, pieces: Iterator[Piece], rest: list[tuple[int, Sequence[int]]]) -> Iterator[Piece]:
-        yield from pieces
-        for number, rows in rest:
-            component = self.layout.components[number]
-            yield from plan_component(number, component, rows, frame_bytes=self.frame_bytes)
+    def _surplus(self, i: int, rows: int, error: type[LocalProtocolError | RemoteProtocolError]) -> int:
+        """Return how many leading rows of state i decode does not want: a window that its prefix covers."""
+        assert self.grant is not None
+        surplus, kind = rows - self.grant.state_rows[i], self.layout.states[i].kind
+        if surplus < 0 or (surplus and kind != "swa"):
+            raise error(
+                f"{rows} rows of state {kind}, {self.grant.state_rows[i]} granted",
+                reason="state",
+            )
+        return surplus
+
+    def pieces(self, part: Part) -> Iterator[Piece]:
+        """Cut a part into pieces; what decode holds already is left out.
+
+        Raises RemoteProtocolError when the grant came after the part and does not fit it, LocalProtocolError
+        before the grant.
+        """
+        if self.grant is None:
+            raise LocalProtocolError("pieces before the grant", reason="no_grant")
+        component = self.layout.components[part.component]
+        if part.component == KV:
+            skip = min(max(0, self.prefix_pages - part.first), len(part.rows))
+            first = part.first + skip - self.prefix_pages
+        elif part.component == self.layout.aux:
+            skip = first = 0
+        else:
+            skip, first = self._surplus(part.component - 1, len(part.rows), RemoteProtocolError), 0
+        return self._cut(part, skip, first, component.row_bytes)
+
+    def _cut(self, part: Part, skip: int, first: int, row_bytes: Sequence[int]) -> Iterator[Piece]:
+        component, rows = self.layout.components[part.component], part.rows[skip:]
+        for i, tensor in enumerate(part.tensors):
+            for piece in plan_component(
+                part.component,
+                component,
+                rows,
+                first=first,
+                tensors=(tensor,),
+                frame_bytes=self.frame_bytes,
+            ):
+                staged = None
+                if part.staged is not None:
+                    at = skip + piece.data.first - first
+                    staged = part.staged[i] + at * row_bytes[tensor]
+                yield replace(piece, staged=staged, mark=part.mark)
 
 
 @dataclass(slots=True)
@@ -156,6 +272,8 @@ class ImportSession:
         """
         if data.component >= len(self.layout.components):
             raise RemoteProtocolError(f"data: no component {data.component}", reason="component")
+        if data.codec != RAW:
+            raise RemoteProtocolError(f"data: codec {data.codec} is not known", reason="codec")
         component = self.layout.components[data.component]
         if data.tensor >= len(component.row_bytes):
             raise RemoteProtocolError(f"data: {component.kind} has no tensor {data.tensor}", reason="tensor")

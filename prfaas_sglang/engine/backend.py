@@ -8,8 +8,10 @@ sockets are not used: decode dials the prefill rank at bootstrap_host:(bootstrap
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from cache_service.core.errors import ConfigError, PrfaasError
 from prfaas_sglang import config
 from prfaas_sglang.core.framing import Grant
 from prfaas_sglang.engine import pools
+from prfaas_sglang.engine.hooks import announce_prompts
 from prfaas_sglang.transfer import telemetry
 from prfaas_sglang.transfer.channel import Identity
 from prfaas_sglang.transfer.exporter import Exporter
@@ -46,6 +49,7 @@ class PrfaasManager(CommonKVManager):
             raise ConfigError(f"the prfaas transfer backend needs {config.ENVIRONMENT_VARIABLE}")
         self._worker = worker
         super().__init__(args, mode, server_args, is_mla_backend)
+        announce_prompts()
         self.server_socket.close(linger=0)  # the base class's control socket; nobody may talk to it
         layout = pools.describe(args, model=server_args.served_model_name, tp_size=self.attn_tp_size)
         memory = pools.row_memory(args, layout)
@@ -65,6 +69,8 @@ class PrfaasManager(CommonKVManager):
                 on_done=lambda room: self.update_status(room, KVPoll.Success),
                 on_failed=self.fail,
                 frame_bytes=worker.frame_bytes,
+                staging_bytes=worker.staging_bytes,
+                hold_s=float(self.bootstrap_timeout),
                 tls=tls,
             )
             port = self.exporter.listen(worker.listen_host, self.bootstrap_port + self.attn_tp_rank)
@@ -117,8 +123,21 @@ class PrfaasManager(CommonKVManager):
     def _granted(self, room: int, grant: Grant) -> None:
         # the request may not have reached this scheduler yet; its sender asks again (PrfaasSender.__init__)
         if room in self.request_status:
-            self.req_to_decode_prefix_len[room] = grant.prefix_tokens
             self.update_status(room, KVPoll.WaitingForInput)
+
+
+def _timed(call: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Measure the scheduler thread's time in a method."""
+
+    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def measured(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with self.kv_mgr.telemetry.scheduler_call(call):
+                return method(self, *args, **kwargs)
+
+        return measured
+
+    return decorate
 
 
 class _Failures:
@@ -155,10 +174,38 @@ class PrfaasSender(_Failures, CommonKVSender):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.init_time = time.time()
-        grant = self.kv_mgr.exporter.grant(self.bootstrap_room)
-        if grant is not None:
-            self.kv_mgr._granted(self.bootstrap_room, grant)
+        self._prompt_pages: int | None = None
 
+    def announce(self, prompt_tokens: int) -> None:
+        """Say how long the prompt is; called once, right after the constructor."""
+        page_size = self.kv_mgr.kv_args.page_size
+        self._prompt_pages = -(-prompt_tokens // page_size)
+        self._open()
+
+    def _open(self) -> None:
+        """Let prefill begin when it may."""
+        room = self.bootstrap_room
+        if self._prompt_pages is None or self.kv_mgr.status(room) != KVPoll.Bootstrapping:
+            return
+        try:
+            if self.kv_mgr.exporter.open(room, self._prompt_pages):
+                self.kv_mgr.update_status(room, KVPoll.WaitingForInput)
+        except PrfaasError as error:
+            self._fail(error)
+
+    def _fail(self, error: PrfaasError) -> None:
+        self.kv_mgr.exporter.abort(self.bootstrap_room, str(error))
+        self.kv_mgr.fail(self.bootstrap_room, str(error))
+
+    def pop_decode_prefix_len(self) -> int:
+        """Claim that decode holds nothing.
+
+        Prefill may begin before decode says what it holds, and all ranks must claim the same; the exporter
+        leaves out what need not travel.
+        """
+        return 0
+
+    @_timed("sender_send")
     def send(
         self, kv_indices: Any, state_indices: list[Any] | None = None, num_kv_tokens: int | None = None
     ) -> None:
@@ -175,16 +222,19 @@ class PrfaasSender(_Failures, CommonKVSender):
                 last=last,
             )
         except PrfaasError as error:
-            self.kv_mgr.exporter.abort(self.bootstrap_room, str(error))
-            self.kv_mgr.fail(self.bootstrap_room, str(error))
+            self._fail(error)
 
+    @_timed("sender_poll")
     def poll(self) -> int:
-        """Return the transfer's KVPoll."""
+        """Return the transfer's KVPoll; Success as soon as the engine may have its pages back."""
+        if self.conclude_state is None:
+            self._open()  # staging memory may have become free
         return self._concluded((KVPoll.Bootstrapping,), self._check_bootstrap_timeout)
 
+    @_timed("sender_clear")
     def clear(self) -> None:
-        """Forget the room; a transfer that is still open is given up."""
-        self.kv_mgr.exporter.abort(self.bootstrap_room, "prefill released the request")
+        """Forget the room; a transfer that does not go on from staging memory is given up."""
+        self.kv_mgr.exporter.release(self.bootstrap_room)
         super().clear()
 
     def abort(self) -> None:
@@ -203,6 +253,9 @@ class PrfaasReceiver(_Failures, CommonKVReceiver):
         host, port = split_address(self.bootstrap_addr, field="bootstrap_addr")
         return {"rank_ip": host, "rank_port": port + target_tp_rank, "pp_rank": target_pp_rank}
 
+    _granted = False
+
+    @_timed("receiver_init")
     def init(self, prefill_dp_rank: int) -> None:
         """Resolve the prefill rank and start dialing it."""
         super().init(prefill_dp_rank)
@@ -213,6 +266,7 @@ class PrfaasReceiver(_Failures, CommonKVReceiver):
         info = self.bootstrap_infos[0]
         return info["rank_ip"], info["rank_port"]
 
+    @_timed("receiver_grant")
     def send_metadata(
         self,
         kv_indices: Any,
@@ -223,6 +277,7 @@ class PrfaasReceiver(_Failures, CommonKVReceiver):
     ) -> None:
         """Grant this request's pages, state rows and metadata row to the prefill rank."""
         self.init_time = time.time()
+        self._granted = True
         self.kv_mgr.importer.begin(
             self.bootstrap_room,
             self._address(),
@@ -232,17 +287,26 @@ class PrfaasReceiver(_Failures, CommonKVReceiver):
             prefix_tokens=int(decode_prefix_len or 0),
         )
 
+    @_timed("receiver_poll")
     def poll(self) -> int:
         """Return the transfer's KVPoll."""
         return self._concluded((KVPoll.WaitingForInput, KVPoll.Transferring), self._check_waiting_timeout)
 
+    @_timed("receiver_clear")
     def clear(self) -> None:
         """Forget the room; rows are not written any more when this returns."""
-        self.kv_mgr.importer.abort(self.bootstrap_room, "decode released the request")
+        self._give_up("decode released the request")
         super().clear()
 
     def _send_abort_notification(self, *, force_arm: bool = False) -> None:
-        self.kv_mgr.importer.abort(self.bootstrap_room, "aborted at the decode worker")
+        self._give_up("aborted at the decode worker")
+
+    def _give_up(self, reason: str) -> None:
+        if self._granted:
+            self.kv_mgr.importer.abort(self.bootstrap_room, reason)
+        elif getattr(self, "bootstrap_infos", None):
+            self._granted = True  # once is enough
+            self.kv_mgr.importer.cancel(self.bootstrap_room, self._address())
 
 
 class PrfaasBootstrapServer(BaseKVBootstrapServer):

@@ -148,6 +148,13 @@ class Channel:
         self._writer.start()
         self._reader.start()
 
+    def never_started(self, error: PrfaasError) -> None:
+        """End a channel whose threads were not started."""
+        self.fail(error)
+        self.wire.release()
+        self._over.set()
+        self._handler.lost(self, error)
+
     def post(self, kind: FrameType, transfer: int, parts: Sequence[Buffer] = ()) -> None:
         """Send a control frame from this connection's writer thread, before any data; returns at once."""
         self.bundle.post(self.index, kind, transfer, parts)

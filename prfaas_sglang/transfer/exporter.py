@@ -1,63 +1,59 @@
-"""Prefill's shell: listens, takes grants, sends chunks.
+"""Prefill's shell: takes grants, stages what the engine computes, sends it.
 
-Calls from the scheduler thread (`send`, `abort`, `release`) only put work on queues; sockets are touched by
-each channel's own threads. Rows are read straight from pool memory: the caller keeps the pages until
-`on_done` or `on_failed`.
+Calls from the scheduler thread (`open`, `send`, `send_ahead`, `release`, `abort`) only put work on queues;
+sockets are touched by each channel's own threads, staging memory by the stager's.
+
+A room with staging memory needs no grant to begin, and the engine gets its pages back (`on_done`) when all is
+copied. A room without is sent straight from the pool: it waits for its grant, and its pages stay until decode
+has verified every byte.
 """
 
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from cache_service.core.errors import PrfaasError, RemoteProtocolError, TransferError
+from cache_service.core.errors import (
+    LocalProtocolError,
+    PrfaasError,
+    RemoteProtocolError,
+    TransferError,
+)
 from prfaas_sglang.core.framing import (
     FrameType,
     Grant,
     Header,
     decode_grant,
     decode_reason,
+    decode_room,
     decode_total,
     encode_data,
     encode_reason,
-    encode_total,
 )
 from prfaas_sglang.core.layout import Hello
-from prfaas_sglang.core.outbox import due_s
 from prfaas_sglang.core.plan import DEFAULT_FRAME_BYTES, Piece
 from prfaas_sglang.core.session import ExportSession
 from prfaas_sglang.transfer.bundle import Bundle
-from prfaas_sglang.transfer.channel import Channel, Identity, receive_hello, refuse
-from prfaas_sglang.transfer.memory import RowMemory
+from prfaas_sglang.transfer.channel import Channel, Identity
+from prfaas_sglang.transfer.export import Export
+from prfaas_sglang.transfer.listener import Listener
+from prfaas_sglang.transfer.memory import PoolMemory
+from prfaas_sglang.transfer.store import Store
 from prfaas_sglang.transfer.telemetry import Telemetry, TransferRecord
 from prfaas_sglang.transfer.tls import Tls
-from prfaas_sglang.transfer.wire import ConnectionLost, Wire, tune
+from prfaas_sglang.transfer.wire import ConnectionLost, Wire
 
 logger = logging.getLogger(__name__)
 
 #: Decode workers connected at once, and grants waiting for their request: bounds against a broken peer.
 MAX_PEERS = 256
 MAX_GRANTS = 4096
-
-
-@dataclass(slots=True)
-class Export:
-    """One granted transfer. `channel` is the control connection that brought the grant.
-
-    `dead` is set before the pages go back to the engine; the writer threads look at it between frames.
-    """
-
-    channel: Channel
-    transfer: int
-    session: ExportSession
-    since_s: float
-    deadline_s: float
-    dead: bool = False
-    committed: bool = False
+#: Rooms that decode gave up before it granted anything, remembered for a request that comes later.
+MAX_CANCELLED = 1024
 
 
 @dataclass(slots=True)
@@ -79,26 +75,29 @@ class Exporter:
         memory: pool rows to read.
         telemetry: where ended transfers are recorded.
         on_grant: (room, grant), a decode worker is ready to receive.
-        on_done: (room), decode has verified every byte.
-        on_failed: (room, reason).
+        on_done: (room), the engine may have the room's pages back: all is staged, or delivered.
+        on_failed: (room, reason), instead of on_done.
         frame_bytes: bound of one frame's row bytes.
+        staging_bytes: host memory for store and forward, 0 for none.
+        hold_s: seconds that a staged room waits for its grant.
         tls: contexts for mutual TLS, None for plain TCP.
-    Callbacks run on channel threads and must not block.
+    Callbacks run on channel threads or the stager's and must not block.
     """
 
     def __init__(
         self,
         identity: Identity,
-        memory: RowMemory,
+        memory: PoolMemory,
         telemetry: Telemetry,
         *,
         on_grant: Callable[[int, Grant], None],
         on_done: Callable[[int], None],
         on_failed: Callable[[int, str], None],
         frame_bytes: int = DEFAULT_FRAME_BYTES,
+        staging_bytes: int = 0,
+        hold_s: float = 300.0,
         tls: Tls | None = None,
     ) -> None:
-        self._tls = tls
         self._frame_bytes = frame_bytes
         self._identity = identity
         self._memory = memory
@@ -106,31 +105,59 @@ class Exporter:
         self._on_grant = on_grant
         self._on_done = on_done
         self._on_failed = on_failed
+        self._hold_s = hold_s
         self._lock = threading.Lock()
         self._exports: dict[int, Export] = {}  # by room
+        self._cancelled: OrderedDict[int, None] = OrderedDict()
         self._peers: dict[str, _Peer] = {}  # by bundle id
-        self._listener: socket.socket | None = None
+        self._store = Store(identity.layout, memory, staging_bytes, on_whole=self._on_done, tidy=self._tidy)
+        self._listener = Listener(identity, telemetry, self._admit, tls)
         self._closed = False
+        telemetry.watch_staging(self._store)
+        telemetry.watch_open(lambda: len(self._exports))
 
     def listen(self, host: str, port: int) -> int:
-        """Bind and accept in the background; return the port (useful for port 0).
-
-        Raises OSError when the address is taken.
-        """
-        listener = socket.create_server((host, port), backlog=64)
-        self._listener = listener
-        threading.Thread(
-            target=self._accept_loop, args=(listener,), name="prfaas-accept", daemon=True
-        ).start()
-        return int(listener.getsockname()[1])
+        """Bind and accept in the background; return the port. Raises OSError when the address is taken."""
+        return self._listener.listen(host, port)
 
     # --- called by the engine's scheduler thread ---
+
+    def open(self, room: int, prompt_pages: int) -> bool:
+        """Announce a request; True when its prefill may begin (its grant is there, or staging memory is).
+
+        May be called again until it says so.
+
+        Raises TransferError when decode has given the room up, RemoteProtocolError when its grant does not
+        fit the prompt.
+        """
+        with self._lock:
+            if room in self._cancelled:
+                raise TransferError("decode gave up before it granted anything", reason="cancelled")
+            export = self._exports.get(room)
+            if export is None:
+                export = self._exports[room] = self._export(room)
+        with export.lock:
+            if not export.engine_opened:
+                export.engine_opened = True
+                export.session.prompt_pages = prompt_pages
+                if export.session.grant is not None:
+                    export.session.accept(export.session.grant)
+            return self._store.reserve(export) or export.channel is not None
 
     def grant(self, room: int) -> Grant | None:
         """Return the grant that is there for a room, if any."""
         with self._lock:
             export = self._exports.get(room)
-            return export.session.grant if export is not None and not export.dead else None
+        return None if export is None or export.dead else export.session.grant
+
+    def send_ahead(self, room: int, pages: Sequence[int], tensors: Sequence[int]) -> None:
+        """Queue some KV tensors of the next chunk's first pages (arguments as ExportSession.ahead).
+
+        Raises as `send`.
+        """
+        export = self._live(room)
+        with export.lock:
+            self._store.offer(export, [export.session.ahead(pages, tensors, self._memory.mark())])
 
     def send(
         self,
@@ -143,51 +170,94 @@ class Exporter:
     ) -> None:
         """Queue the next chunk of a room (arguments as ExportSession.chunk).
 
-        Raises TransferError when the room has no live grant, LocalProtocolError when the grant does not
-        cover the chunk.
+        Raises TransferError when the room is not open or given up, LocalProtocolError when the chunk does
+        not fit the prompt or the grant.
         """
+        export = self._live(room)
+        with export.lock:
+            self._store.reserve(export)
+            parts = export.session.chunk(
+                pages, states=states, aux_row=aux_row, last=last, mark=self._memory.mark()
+            )
+            if last:
+                export.prefill_end_s = time.monotonic()
+            self._store.offer(export, parts)
+            export.commit()
+
+    def release(self, room: int) -> None:
+        """The engine is through with a room: give the transfer up unless it goes on from staging memory."""
         with self._lock:
             export = self._exports.get(room)
-        if export is None or export.dead:
-            raise TransferError("the decode worker is gone", reason="no_grant")
-        pieces = export.session.chunk(pages, states=states, aux_row=aux_row, last=last)
-        export.channel.bundle.add(export.transfer, export.deadline_s, pieces)
-        if last:
-            # order does not matter: the import is complete when this and every row are there
-            export.committed = True
-            total = encode_total(export.session.total_bytes)
-            export.channel.post(FrameType.COMMIT, export.transfer, [total])
+        if export is not None and not export.released:
+            self.abort(room, "prefill released the request")
 
     def abort(self, room: int, reason: str) -> None:
         """Give a room up and tell decode; its pages may be reused at once."""
         export = self._end(room, "failed", reason)
-        if export is not None:
+        if export is not None and export.channel is not None:
             export.channel.post(FrameType.ABORT, export.transfer, [encode_reason(reason)])
 
     def close(self) -> None:
         """Stop listening and end every channel."""
         self._closed = True
-        if self._listener is not None:
-            try:
-                self._listener.shutdown(socket.SHUT_RDWR)
-            except OSError as error:
-                logger.debug("listener_shutdown %s", error)
-            self._listener.close()
+        self._listener.close()
         with self._lock:
             channels = [channel for peer in self._peers.values() for channel in peer.channels]
         for channel in channels:
             channel.close()
         for channel in channels:
             channel.join(5.0)
+        self._store.close()
+
+    # --- rooms ---
+
+    def _export(self, room: int) -> Export:
+        session = ExportSession(self._identity.layout, self._frame_bytes)
+        return Export(room, session, time.monotonic(), self._store.free)
+
+    def _live(self, room: int) -> Export:
+        with self._lock:
+            export = self._exports.get(room)
+        if export is None or export.dead:
+            raise TransferError("the decode worker is gone", reason="no_grant")
+        return export
+
+    def _tidy(self) -> None:
+        """End rooms that are ready and whose grant never came; on the stager's thread."""
+        now_s = time.monotonic()
+        with self._lock:
+            stale = [
+                e.room
+                for e in self._exports.values()
+                if e.channel is None and now_s - (e.prefill_end_s or now_s) > self._hold_s
+            ]
+        for room in stale:
+            self._end(room, "failed", f"no decode worker asked for it in {self._hold_s:.0f} s", notify=True)
 
     # --- writer threads ---
 
     def _send_piece(self, peer: _Peer, wire: Wire, transfer: int, piece: Piece) -> None:
         export = peer.transfers.get(transfer)
-        if export is None or export.dead:
+        if export is None:
             return
-        views = self._memory.views(piece.data.component, piece.data.tensor, piece.rows)
-        wire.send(FrameType.DATA, transfer, [encode_data(piece.data), *views])
+        with export.hold() as alive:
+            if not alive:
+                return
+            if export.first_sent_s is None:
+                export.first_sent_s = time.monotonic()
+            if piece.staged is not None:
+                self._send_views(export, wire, piece, [self._store.view(piece)])
+                return
+            data = piece.data
+            with self._memory.reading(piece.mark, data.component, data.tensor, piece.rows) as views:
+                self._send_views(export, wire, piece, views)
+
+    def _send_views(self, export: Export, wire: Wire, piece: Piece, views: list[memoryview]) -> None:
+        sent = wire.send(FrameType.DATA, export.transfer, [encode_data(piece.data), *views])
+        raw = sum(len(view) for view in views)
+        with export.lock:
+            export.sent_bytes += raw
+            export.wire_bytes += sent
 
     # --- reader threads ---
 
@@ -204,8 +274,9 @@ class Exporter:
             case FrameType.ABORT:
                 export = self._find(channel, header.transfer)
                 if export is not None:
-                    reason = f"decode gave up: {decode_reason(payload)}"
-                    self._end(export.session.grant.room, "failed", reason, notify=True)
+                    self._end(export.room, "failed", f"decode gave up: {decode_reason(payload)}", notify=True)
+            case FrameType.CANCEL:
+                self._cancel(decode_room(payload))
             case _:
                 raise RemoteProtocolError(f"{header.type.name} from a decode worker", reason="direction")
 
@@ -221,7 +292,7 @@ class Exporter:
             if not peer.channels:
                 self._peers.pop(channel.peer.bundle, None)
             others = list(peer.channels)
-            rooms = [e.session.grant.room for e in peer.transfers.values()]
+            rooms = [e.room for e in peer.transfers.values()]
         if not first:
             return
         peer.bundle.close()
@@ -242,27 +313,36 @@ class Exporter:
             return self._peers.get(channel.peer.bundle)
 
     def _granted(self, channel: Channel, transfer: int, grant: Grant) -> None:
-        layout = self._identity.layout
-        if transfer == 0 or len(grant.state_rows) != len(layout.states):
-            raise RemoteProtocolError("grant: does not fit the layout", reason="grant")
-        now_s = time.monotonic()
-        session = ExportSession(layout, grant, self._frame_bytes)
-        export = Export(channel, transfer, session, now_s, due_s(now_s, session.granted_bytes()))
+        if transfer == 0:
+            raise RemoteProtocolError("grant: transfer 0 is the connection itself", reason="grant")
         peer = self._peer_of(channel)
         if peer is None:
             return  # the bundle is ending
         with self._lock:
+            export = self._exports.get(grant.room)
             taken = (
-                grant.room in self._exports
+                (export is not None and export.channel is not None)
                 or transfer in peer.transfers
                 or len(self._exports) >= MAX_GRANTS
                 or peer.lost
             )
             if not taken:
-                self._exports[grant.room] = export
+                if export is None:
+                    export = self._exports[grant.room] = self._export(grant.room)
                 peer.transfers[transfer] = export
-        if taken:
+        if taken or export is None:
             channel.post(FrameType.ABORT, transfer, [encode_reason("room is in use, or too many grants")])
+            return
+        try:
+            with export.lock:
+                export.session.accept(grant)
+                export.attach(channel, transfer, time.monotonic())
+        except (LocalProtocolError, RemoteProtocolError) as error:
+            # the two engines disagree about this request; the connection itself is sound
+            channel.post(FrameType.ABORT, transfer, [encode_reason(str(error))])
+            with self._lock:
+                peer.transfers.pop(transfer, None)
+            self._end(grant.room, "failed", str(error), notify=True)
             return
         self._on_grant(grant.room, grant)
 
@@ -272,9 +352,18 @@ class Exporter:
             return  # ended here meanwhile
         if not export.committed or total_bytes != export.session.total_bytes:
             raise RemoteProtocolError("done: before the end, or of other bytes", reason="done")
-        room = export.session.grant.room
-        if self._end(room, "done", "") is not None:
-            self._on_done(room)
+        if self._end(export.room, "done", "") is not None and not export.released:
+            self._on_done(export.room)
+
+    def _cancel(self, room: int) -> None:
+        with self._lock:
+            export = self._exports.get(room)
+            if export is None:
+                self._cancelled[room] = None
+                while len(self._cancelled) > MAX_CANCELLED:
+                    self._cancelled.popitem(last=False)
+        if export is not None and export.channel is None:
+            self._end(room, "failed", "decode gave up before it granted anything", notify=True)
 
     def _find(self, channel: Channel, transfer: int) -> Export | None:
         peer = self._peer_of(channel)
@@ -285,79 +374,38 @@ class Exporter:
             export = self._exports.pop(room, None)
         if export is None:
             return None
-        export.dead = True
-        export.channel.bundle.drop(export.transfer)
-        peer = self._peer_of(export.channel)
-        if peer is not None:
-            peer.transfers.pop(export.transfer, None)
+        export.end()
+        channel = export.channel
+        if channel is not None:
+            channel.bundle.drop(export.transfer)
+            peer = self._peer_of(channel)
+            if peer is not None:
+                peer.transfers.pop(export.transfer, None)
+        now_s = time.monotonic()
+        grant, ended = export.session.grant, export.prefill_end_s
         self._telemetry.record(
             TransferRecord(
                 room=room,
                 role="send",
-                peer_site=export.channel.peer.site,
+                peer_site=channel.peer.site if channel is not None else "unknown",
                 outcome=outcome,
-                bytes=export.session.total_bytes,
-                pages=export.session.grant.pages,
-                seconds=time.monotonic() - export.since_s,
+                bytes=export.sent_bytes,
+                wire_bytes=export.wire_bytes,
+                pages=grant.pages if grant is not None else 0,
+                seconds=now_s - (export.granted_s or export.opened_s),
+                queued_s=export.queued_s(),
+                exposed_s=now_s - ended if outcome == "done" and ended is not None else None,
+                staged=export.kv is not None and not export.from_pool,
                 reason=reason,
             )
         )
-        if notify:
+        if notify and not export.released:
             self._on_failed(room, reason)
         return export
 
     # --- accepting ---
 
-    def _accept_loop(self, listener: socket.socket) -> None:
-        while not self._closed:
-            try:
-                sock, address = listener.accept()
-            except OSError as error:
-                if self._closed:
-                    return
-                logger.warning("accept_failed %s", error)
-                continue
-            threading.Thread(
-                target=self._welcome, args=(sock, address), name="prfaas-welcome", daemon=True
-            ).start()
-
-    def _welcome(self, sock: socket.socket, address: object) -> None:
-        try:
-            tune(sock)
-            wire = Wire(self._tls.accept(sock) if self._tls is not None else sock)
-        except PrfaasError as error:
-            logger.warning("peer_refused address=%s reason=%s", address, error)
-            self._telemetry.refused(error.reason)
-            return
-        try:
-            hello = receive_hello(wire, self._identity)
-            channel = self._admit(wire, hello)
-        except PrfaasError as error:
-            logger.warning("peer_refused address=%s reason=%s", address, error)
-            self._telemetry.refused(error.reason)
-            wire.release()
-            return
-        self._telemetry.connected(+1)
-        try:
-            # only now: the peer dials the bundle's other connections when it has our hello
-            wire.send(FrameType.HELLO, 0, [self._identity.hello()])
-        except PrfaasError as error:
-            wire.release()
-            self.lost(channel, error)
-            return
-        if hello.index == 0:
-            logger.info("decode_worker_connected worker=%s site=%s", hello.worker, hello.site)
-        channel.start()
-
     def _admit(self, wire: Wire, hello: Hello) -> Channel:
-        """Make the channel of a new connection; tell the peer when there is no place for it."""
-        try:
-            return self._place(wire, hello)
-        except PrfaasError as error:
-            refuse(wire, error)
-            raise
-
-    def _place(self, wire: Wire, hello: Hello) -> Channel:
         """Put a new connection where it belongs: the first of a bundle, or one more of a known one."""
         with self._lock:
             peer = self._peers.get(hello.bundle)

@@ -13,7 +13,8 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import xxhash
@@ -30,13 +31,14 @@ from prfaas_sglang.core.framing import (
     decode_total,
     encode_grant,
     encode_reason,
+    encode_room,
     encode_total,
 )
 from prfaas_sglang.core.layout import Hello
 from prfaas_sglang.core.session import ImportSession
 from prfaas_sglang.transfer.bundle import Bundle
 from prfaas_sglang.transfer.channel import Channel, Identity, dial_hello
-from prfaas_sglang.transfer.memory import RowMemory
+from prfaas_sglang.transfer.memory import Landing, PoolMemory
 from prfaas_sglang.transfer.telemetry import Telemetry, TransferRecord
 from prfaas_sglang.transfer.tls import Tls
 from prfaas_sglang.transfer.wire import ConnectionLost, Wire, tune
@@ -46,6 +48,8 @@ logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 5.0
 CONNECT_ATTEMPTS = 3
 DEFAULT_CONNECTIONS = 4
+#: Rooms given up before the connection was there.
+MAX_CANCELLED = 1024
 _SCRATCH_BYTES = 256 << 10
 
 Address = tuple[str, int]
@@ -78,6 +82,7 @@ class _Peer:
     channels: list[Channel] = field(default_factory=list)
     dialing: bool = False
     imports: dict[int, Import] = field(default_factory=dict)
+    cancelled: list[int] = field(default_factory=list)
 
 
 class Importer:
@@ -98,7 +103,7 @@ class Importer:
     def __init__(
         self,
         identity: Identity,
-        memory: RowMemory,
+        memory: PoolMemory,
         telemetry: Telemetry,
         *,
         on_progress: Callable[[int], None],
@@ -120,6 +125,7 @@ class Importer:
         self._by_room: dict[int, tuple[_Peer, Import]] = {}
         self._numbers = itertools.count(1)
         self._closed = False
+        telemetry.watch_open(lambda: len(self._by_room))
 
     # --- called by the engine's scheduler thread ---
 
@@ -168,6 +174,20 @@ class Importer:
         if self._end(peer, item, "failed", reason):
             self._tell(peer, FrameType.ABORT, item.transfer, encode_reason(reason))
 
+    def cancel(self, room: int, address: Address) -> None:
+        """Tell the prefill worker at `address` that nothing will be granted for a room; returns at once.
+
+        It may have the room's KV in staging memory. Lost when the worker cannot be reached: it gives the
+        room up by itself then, later.
+        """
+        with self._lock:
+            peer = self._peer(address)
+            channel = peer.channel
+            if channel is None and len(peer.cancelled) < MAX_CANCELLED:
+                peer.cancelled.append(room)
+        if channel is not None:
+            channel.post(FrameType.CANCEL, 0, [encode_room(room)])
+
     def close(self) -> None:
         """End every channel."""
         self._closed = True
@@ -199,6 +219,7 @@ class Importer:
             self._telemetry.refused(error.reason)
             with self._lock:
                 peer.dialing = False
+                peer.cancelled.clear()
                 items = list(peer.imports.values())
             self._fail_all(peer, items, str(error))
             return
@@ -210,6 +231,8 @@ class Importer:
             self._join(peer, channel)
             for item in peer.imports.values():
                 channel.post(FrameType.GRANT, item.transfer, [encode_grant(item.grant)])
+            while peer.cancelled:
+                channel.post(FrameType.CANCEL, 0, [encode_room(peer.cancelled.pop())])
         channel.start()
         for index in range(1, self._connections):
             try:
@@ -288,36 +311,57 @@ class Importer:
         data = decode_data(head)
         with item.lock:
             rows = item.session.place(data, left)
-        views = self._memory.views(data.component, data.tensor, rows)
-        if not self._scatter(wire, item, list(views), left):
+        landing = self._memory.landing(data.component, data.tensor, rows)
+        if not self._fill(wire, item, list(landing.views), left):
+            landing.drop()
             return
         digest = xxhash.xxh3_64(head)
-        for view in views:
+        for view in landing.views:
             digest.update(view)
         if digest.intdigest() != header.checksum:
+            landing.drop()
             self._corrupt(peer, item, data)
             return
-        with item.lock:
-            first = item.session.received_bytes == 0
-            item.session.arrived(data)
+        if self._land(item, landing, data):
+            self._finish_if_complete(peer, item)
+
+    def _land(self, item: Import, landing: Landing, data: Data) -> bool:
+        """Give the rows their verified bytes; False when the transfer died meanwhile (nothing is written)."""
+        with self._writing(item) as alive:
+            if not alive:
+                landing.drop()
+                return False
+            landing.land()
+            with item.lock:
+                first = item.session.received_bytes == 0
+                item.session.arrived(data)
         if first:
             self._on_progress(item.room)
-        self._finish_if_complete(peer, item)
+        return True
 
-    def _scatter(self, wire: Wire, item: Import, views: list[memoryview], left: int) -> bool:
-        """Receive `left` bytes into `views`; False when the transfer died meanwhile (bytes discarded)."""
-        while left:
-            with item.lock:
-                if not item.alive:
-                    break
-                item.writing += 1
-            try:
-                count = wire.read_ready(views)
-            finally:
+    @staticmethod
+    @contextmanager
+    def _writing(item: Import) -> Iterator[bool]:
+        """Keep `_end` waiting while rows are written; False when the transfer is over."""
+        with item.lock:
+            alive = item.alive
+            item.writing += alive
+        try:
+            yield alive
+        finally:
+            if alive:
                 with item.lock:
                     item.writing -= 1
                     if not item.alive:
                         item.lock.notify_all()
+
+    def _fill(self, wire: Wire, item: Import, views: list[memoryview], left: int) -> bool:
+        """Receive `left` bytes into `views`; False when the transfer died meanwhile (bytes discarded)."""
+        while left:
+            with self._writing(item) as alive:
+                if not alive:
+                    break
+                count = wire.read_ready(views)
             left -= count
             while views and count >= len(views[0]):
                 count -= len(views.pop(0))
@@ -345,6 +389,8 @@ class Importer:
     def _finish_if_complete(self, peer: _Peer, item: Import) -> None:
         with item.lock:
             complete = item.session.complete
+        if complete:
+            self._memory.settle()  # what landed may still be on its way into the pool
         if complete and self._end(peer, item, "done", ""):
             self._tell(peer, FrameType.DONE, item.transfer, encode_total(item.session.received_bytes))
             self._on_done(item.room)

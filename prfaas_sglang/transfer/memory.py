@@ -1,8 +1,8 @@
 """Pool memory as rows: the only place that turns (component, tensor, row) into bytes.
 
-`PoolMemory` is what the transfer shells need of a pool; `RowMemory` is the one for pools in host memory, where
-rows go straight between the pool and a socket. Every access is bounds-checked here once more, whatever the
-session said.
+`PoolMemory` is what the transfer shells need of a pool; `RowMemory` is the one for pools in host memory,
+where rows go straight between the pool and a socket. Every access is bounds-checked here once more, whatever
+the session said.
 """
 
 from __future__ import annotations

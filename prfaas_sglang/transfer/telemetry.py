@@ -8,9 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Protocol
 from urllib.parse import parse_qs, urlsplit
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -18,6 +22,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 logger = logging.getLogger(__name__)
 
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 #: Transfers remembered for GET /transfers.
 KEEP = 1024
 
@@ -35,6 +40,10 @@ class TransferRecord:
         pages: KV pages granted.
         seconds: from grant to end.
         reason: why it failed, "" when it did not.
+        wire_bytes: payload bytes that carried them (fewer when compressed); send only.
+        queued_s: how long the first piece that could go waited for others; send only.
+        exposed_s: from the end of prefill to decode's word that all arrived; send only, None when it failed.
+        staged: it went through staging memory.
     """
 
     room: int
@@ -45,6 +54,22 @@ class TransferRecord:
     pages: int
     seconds: float
     reason: str
+    wire_bytes: int = 0
+    queued_s: float = 0.0
+    exposed_s: float | None = None
+    staged: bool = False
+
+
+class StagingUse(Protocol):
+    """What staging memory says of itself."""
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes in all."""
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes in use now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +114,18 @@ class Telemetry:
             "From grant to end, successful transfers.",
             labels,
             registry=self.registry,
-            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
+            buckets=_SECONDS,
+        )
+        self._exposed = self._histogram(
+            "exposed_seconds", "From the end of prefill to the last byte's acknowledgement.", labels
+        )
+        self._queued = self._histogram("queued_seconds", "First piece's wait for its turn.", labels)
+        self._scheduler = Histogram(
+            "prfaas_scheduler_call_seconds",
+            "Time of the engine's scheduler thread in one call of ours.",
+            ("call",),
+            registry=self.registry,
+            buckets=(1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 0.1),
         )
         self._peers = Gauge(
             "prfaas_transfer_connections_count", "Open data connections.", registry=self.registry
@@ -117,6 +153,28 @@ class Telemetry:
 
     def _gauge(self, name: str, what: str, labels: tuple[str, ...]) -> Gauge:
         return Gauge(f"prfaas_transfer_{name}", what, labels, registry=self.registry)
+
+    def _histogram(self, name: str, what: str, labels: tuple[str, ...]) -> Histogram:
+        return Histogram(f"prfaas_transfer_{name}", what, labels, registry=self.registry, buckets=_SECONDS)
+
+    def watch_staging(self, staging: StagingUse) -> None:
+        """Export how much staging memory there is and is taken; once for each process."""
+        used = self._gauge("staging_used_bytes", "Staging memory that transfers have.", ())
+        used.set_function(lambda: staging.used_bytes)
+        self._gauge("staging_capacity_bytes", "Staging memory in all.", ()).set(staging.capacity_bytes)
+
+    def watch_open(self, count: Callable[[], int]) -> None:
+        """Export how many transfers are open, from the first word of them to their end."""
+        self._gauge("open_count", "Transfers open now.", ()).set_function(count)
+
+    @contextmanager
+    def scheduler_call(self, call: str) -> Iterator[None]:
+        """Measure one call of the engine's scheduler thread into our code."""
+        begin_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._scheduler.labels(call).observe(time.perf_counter() - begin_s)
 
     def sampled(self, dst_site: str, bundle: str, sample: LinkSample) -> None:
         """Take a sample of the bundle `bundle` (any unique name) towards a site."""
@@ -152,6 +210,9 @@ class Telemetry:
         self._ended.labels(record.role, src, dst, record.outcome).inc()
         if record.outcome == "done":
             self._seconds.labels(record.role, src, dst).observe(record.seconds)
+            if record.exposed_s is not None:
+                self._exposed.labels(record.role, src, dst).observe(record.exposed_s)
+                self._queued.labels(record.role, src, dst).observe(record.queued_s)
         with self._lock:
             key = (record.room, record.role)
             self._latest.pop(key, None)

@@ -304,6 +304,10 @@ def test_telemetry_answers_by_room() -> None:
             "pages": 2,
             "seconds": 0.5,
             "reason": "",
+            "wire_bytes": 0,
+            "queued_s": 0.0,
+            "exposed_s": None,
+            "staged": False,
         }
         with urllib.request.urlopen(f"{base}/metrics", timeout=WAIT_S) as answer:
             text = answer.read().decode()

@@ -10,7 +10,7 @@ from prfaas_sglang.transfer.channel import Identity
 from prfaas_sglang.transfer.exporter import Exporter
 from prfaas_sglang.transfer.importer import Importer
 from prfaas_sglang.transfer.memory import RowMemory
-from prfaas_sglang.transfer.telemetry import Telemetry
+from prfaas_sglang.transfer.telemetry import Telemetry, TransferRecord
 from prfaas_sglang.transfer.tls import Tls
 
 WAIT_S = 20
@@ -29,6 +29,18 @@ LAYOUT = Layout(
 ROWS = (512, 16, 8)
 
 
+class _Telemetry(Telemetry):
+    """Tells the test when a record is there."""
+
+    def __init__(self, side: Side) -> None:
+        super().__init__("X")
+        self._side = side
+
+    def record(self, record: TransferRecord) -> None:
+        super().record(record)
+        self._side.hear(record.room, "ended")
+
+
 class Side:
     """Pools of one worker, and what its callbacks said, room by room."""
 
@@ -39,7 +51,7 @@ class Side:
             for component, rows in zip(layout.components, ROWS, strict=True)
         ]
         self.memory = RowMemory(layout, [[memoryview(b) for b in c] for c in self.buffers])
-        self.telemetry = Telemetry("X")
+        self.telemetry = _Telemetry(self)
         self._lock = threading.Condition()
         self.heard: dict[tuple[int, str], str] = {}
 
@@ -52,6 +64,12 @@ class Side:
         with self._lock:
             assert self._lock.wait_for(lambda: (room, what) in self.heard, WAIT_S), self.heard
             return self.heard[(room, what)]
+
+    def ended(self, room: int) -> TransferRecord:
+        """Wait until a room's transfer has ended on this side; return its record."""
+        self.wait(room, "ended")
+        (record,) = self.telemetry.transfers(room)
+        return record
 
     def row(self, component: int, tensor: int, row: int) -> bytes:
         size = LAYOUT.components[component].row_bytes[tensor]
@@ -67,6 +85,8 @@ class Pair:
         decode_layout: Layout = LAYOUT,
         prefill_tls: Tls | None = None,
         decode_tls: Tls | None = None,
+        staging_bytes: int = 0,
+        hold_s: float = 60.0,
     ) -> None:
         self.prefill, self.decode = Side(1), Side(2)
         self.exporter = Exporter(
@@ -77,6 +97,8 @@ class Pair:
             on_done=lambda room: self.prefill.hear(room, "done"),
             on_failed=lambda room, reason: self.prefill.hear(room, "failed", reason),
             frame_bytes=64 << 10,
+            staging_bytes=staging_bytes,
+            hold_s=hold_s,
             tls=prefill_tls,
         )
         self.importer = Importer(
@@ -90,8 +112,15 @@ class Pair:
         )
         self.address = ("127.0.0.1", self.exporter.listen("127.0.0.1", 0))
 
-    def begin(self, room: int, pages: list[int], *, state: int, aux: int) -> None:
-        self.importer.begin(room, self.address, pages, states=[[state]], aux_row=aux, prefix_tokens=0)
+    def begin(self, room: int, pages: list[int], *, state: int, aux: int, prefix_pages: int = 0) -> None:
+        self.importer.begin(
+            room,
+            self.address,
+            pages,
+            states=[[state]],
+            aux_row=aux,
+            prefix_tokens=prefix_pages * LAYOUT.page_size,
+        )
 
     def close(self) -> None:
         self.importer.close()

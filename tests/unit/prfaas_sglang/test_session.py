@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ from prfaas_sglang.core.layout import (
     to_json,
 )
 from prfaas_sglang.core.plan import Piece, plan_component
-from prfaas_sglang.core.session import ExportSession, ImportSession
+from prfaas_sglang.core.session import ExportSession, ImportSession, Part
 
 LAYOUT = Layout(
     engine="sglang 0.5.21",
@@ -33,18 +34,34 @@ LAYOUT = Layout(
     components=(
         Component("kv", (100, 100, 300), (3, 7, 7)),
         Component("mamba", (5000, 70), (0, 1)),
+        Component("swa", (40, 90)),
         Component("aux", (64, 8, 16)),
     ),
 )
 
 
-def make(pages: int, seed: int, frame_bytes: int) -> tuple[ExportSession, ImportSession, list[list[int]]]:
-    """Return both halves and the sender's rows per component."""
+def make(
+    pages: int, seed: int, frame_bytes: int, *, prefix: int = 0, window: int = 0
+) -> tuple[ExportSession, ImportSession, list[list[int]], Grant]:
+    """Return both halves, the sender's rows per component, and the grant.
+
+    Decode holds `prefix` pages of the prompt already, and wants `window` of the sender's window pages less.
+    """
     rng = random.Random(seed)
-    source = [rng.sample(range(1000), pages), [rng.randrange(50)], [rng.randrange(50)]]
-    grant = Grant(room=seed, pages=pages, prefix_tokens=0, state_rows=(1,))
-    target = ImportSession(LAYOUT, rng.sample(range(1000), pages), [[rng.randrange(50)]], rng.randrange(50))
-    return ExportSession(LAYOUT, grant, frame_bytes), target, source
+    source = [
+        rng.sample(range(1000), pages),
+        [rng.randrange(50)],
+        rng.sample(range(50), 6),
+        [rng.randrange(50)],
+    ]
+    target = ImportSession(
+        LAYOUT,
+        rng.sample(range(1000), pages - prefix),
+        [[rng.randrange(50)], rng.sample(range(50), 6 - window)],
+        rng.randrange(50),
+    )
+    grant = Grant(seed, pages - prefix, prefix * 64, (1, 6 - window))
+    return ExportSession(LAYOUT, frame_bytes, prompt_pages=pages), target, source, grant
 
 
 def payload_bytes(data: Data) -> int:
@@ -52,23 +69,49 @@ def payload_bytes(data: Data) -> int:
     return data.count * LAYOUT.components[data.component].row_bytes[data.tensor]
 
 
-@settings(max_examples=150)
+def offer(export: ExportSession, source: list[list[int]], rng: random.Random) -> Iterator[list[Part]]:
+    """Offer a prompt in random chunks, some layers of some of them ahead of the rest."""
+    pages = source[0]
+    cuts = sorted(rng.randint(0, len(pages)) for _ in range(rng.randint(0, 4)))
+    for start, end in zip([0, *cuts], [*cuts, len(pages)], strict=True):
+        chunk = pages[start:end]
+        tensors = rng.sample(range(3), rng.randint(0, 3))
+        early = chunk[: rng.randint(0, len(chunk))]
+        while tensors and early:
+            yield [export.ahead(early, [tensors.pop()])]
+        if end == len(pages):
+            yield export.chunk(chunk, states=[source[1], source[2]], aux_row=source[3][0], last=True)
+            return
+        yield export.chunk(chunk)
+
+
+@settings(max_examples=200)
 @given(
-    st.integers(0, 60), st.integers(1, 5), st.integers(0, 1 << 30), st.sampled_from([1, 128, 1000, 1 << 18])
+    st.integers(0, 60), st.integers(0, 1 << 30), st.sampled_from([1, 128, 1000, 1 << 18]), st.integers(0, 6)
 )
 def test_every_row_arrives_exactly_once_in_any_order(
-    pages: int, chunks: int, seed: int, frame_bytes: int
+    pages: int, seed: int, frame_bytes: int, window: int
 ) -> None:
-    """Pieces of several chunks, shuffled, move each source row to the granted row of the same position."""
-    export, target, source = make(pages, seed, frame_bytes)
+    """Whatever the chunks, the layers sent ahead, the moment of the grant, decode's prefix: rows move right.
+
+    The brute-force model: the sender's row of prompt page p belongs where decode's list says, page by page.
+    """
     rng = random.Random(seed)
-    cuts = sorted(rng.randint(0, pages) for _ in range(chunks - 1))
+    prefix = rng.randint(0, pages)
+    export, target, source, grant = make(pages, seed, frame_bytes, prefix=prefix, window=window)
+    granted_at = rng.randint(0, 8)
     pieces: list[Piece] = []
-    for start, end in zip([0, *cuts], [*cuts, pages], strict=True):
-        if end == pages:
-            pieces += export.chunk(source[0][start:end], states=[source[1]], aux_row=source[2][0], last=True)
-            break
-        pieces += export.chunk(source[0][start:end])
+    waiting: list[Part] = []
+    for i, parts in enumerate(offer(export, source, rng)):
+        if i == granted_at:
+            export.accept(grant)
+        waiting += parts
+        if export.grant is not None:
+            pieces += [piece for part in waiting for piece in export.pieces(part)]
+            waiting.clear()
+    if export.grant is None:
+        export.accept(grant)
+    pieces += [piece for part in waiting for piece in export.pieces(part)]
     rng.shuffle(pieces)
     moved: dict[tuple[int, int, int], int] = {}
     commit_at = rng.randint(0, len(pieces))
@@ -85,10 +128,14 @@ def test_every_row_arrives_exactly_once_in_any_order(
     if target.committed_bytes is None:
         target.commit(export.total_bytes)
     assert target.complete
+    wanted = [source[0][prefix:], source[1], source[2][window:], source[3]]
     for number, component in enumerate(LAYOUT.components):
         for tensor in range(len(component.row_bytes)):
-            for src, dst in zip(source[number], target.rows(number), strict=True):
+            for src, dst in zip(wanted[number], target.rows(number), strict=True):
                 assert moved[(number, tensor, dst)] == src
+    assert len(moved) == sum(
+        len(c.row_bytes) * len(rows) for c, rows in zip(LAYOUT.components, wanted, strict=True)
+    )
 
 
 @given(st.integers(0, 7), st.integers(0, 7), st.integers(0, 40), st.integers(0, 40), st.integers(0, 5000))
@@ -96,7 +143,7 @@ def test_place_never_leaves_the_grant(
     component: int, tensor: int, first: int, count: int, length: int
 ) -> None:
     """Whatever a peer says, rows come from the grant or the frame is refused."""
-    _, target, _ = make(20, 7, 1000)
+    _, target, _, _ = make(20, 7, 1000)
     data = Data(component, tensor, first, count)
     try:
         rows = target.place(data, length)
@@ -109,8 +156,10 @@ def test_place_never_leaves_the_grant(
 
 def test_duplicate_rows_and_double_commit_are_refused() -> None:
     """The second arrival of a position, and a second or wrong commit, end the connection."""
-    export, target, source = make(4, 1, 1000)
-    piece = next(iter(export.chunk(source[0], states=[source[1]], aux_row=3, last=True)))
+    export, target, source, grant = make(4, 1, 1000)
+    export.accept(grant)
+    parts = export.chunk(source[0], states=[source[1], source[2]], aux_row=3, last=True)
+    piece = next(export.pieces(parts[0]))
     target.place(piece.data, payload_bytes(piece.data))
     target.arrived(piece.data)
     with pytest.raises(RemoteProtocolError, match="twice"):
@@ -122,19 +171,59 @@ def test_duplicate_rows_and_double_commit_are_refused() -> None:
         target.commit(export.total_bytes)
 
 
-def test_export_refuses_what_the_grant_does_not_cover() -> None:
+def test_export_refuses_what_does_not_fit_prompt_or_grant() -> None:
     """Too many pages, too few at the end, missing state or metadata row: our engine's fault, said so."""
-    cases = [
-        ({"pages": [1, 2, 3]}, "granted"),
-        ({"pages": [1], "states": [[0]], "aux_row": 0, "last": True}, "ended after 1 pages"),
-        ({"pages": [1, 2], "states": [[0]], "aux_row": None, "last": True}, "metadata"),
+    good = [[0], [0, 1]]
+    cases: list[tuple[dict[str, object], str]] = [
+        ({"pages": [1, 2, 3]}, "prompt of 2"),
+        ({"pages": [1], "states": good, "aux_row": 0, "last": True}, "ended after 1 of 2"),
+        ({"pages": [1, 2], "states": good, "aux_row": None, "last": True}, "metadata"),
         ({"pages": [1, 2], "states": [], "aux_row": 0, "last": True}, "state components"),
-        ({"pages": [1, 2], "states": [[0, 1]], "aux_row": 0, "last": True}, "rows of state mamba"),
+        ({"pages": [1, 2], "states": [[0, 1], [0, 1]], "aux_row": 0, "last": True}, "rows of state mamba"),
+        ({"pages": [1, 2], "states": [[0], [0]], "aux_row": 0, "last": True}, "rows of state swa"),
     ]
     for arguments, message in cases:
-        session = ExportSession(LAYOUT, Grant(1, 2, 0, (1,)))
-        with pytest.raises(LocalProtocolError, match=message):
-            session.chunk(**arguments)  # type: ignore[arg-type]
+        for known in (2, None):
+            session = ExportSession(LAYOUT, prompt_pages=known)
+            session.accept(Grant(1, 2, 0, (1, 2)))
+            with pytest.raises(LocalProtocolError, match=message):
+                session.chunk(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("grant", "message"),
+    [
+        (Grant(1, 2, 0, (1,)), "state components"),
+        (Grant(1, 1, 63, (1, 2)), "whole pages"),
+        (Grant(1, 2, 64, (1, 2)), "make 3 pages"),
+        (Grant(1, 1, 0, (1, 2)), "make 1 pages"),
+    ],
+)
+def test_a_grant_that_does_not_fit_is_refused(grant: Grant, message: str) -> None:
+    """Decode's numbers are checked against layout and prompt before anything is sent."""
+    with pytest.raises(RemoteProtocolError, match=message):
+        ExportSession(LAYOUT, prompt_pages=2).accept(grant)
+
+
+def test_a_grant_after_the_last_chunk_that_wants_other_state_is_refused() -> None:
+    """State rows that were offered before the grant came are compared when it comes."""
+    session = ExportSession(LAYOUT, prompt_pages=1)
+    parts = session.chunk([4], states=[[0], [0, 1]], aux_row=0, last=True)
+    session.accept(Grant(1, 1, 0, (1, 3)))
+    with pytest.raises(RemoteProtocolError, match="rows of state swa"):
+        session.pieces(parts[2])
+
+
+def test_layers_ahead_must_be_the_chunks_own() -> None:
+    """Changed pages and repeated layers are refused before a position could travel twice."""
+    session = ExportSession(LAYOUT, prompt_pages=4)
+    session.ahead([5, 6], [0])
+    for pages, tensors in (([5], [1]), ([5, 6], [0])):
+        with pytest.raises(LocalProtocolError, match="ahead"):
+            session.ahead(pages, tensors)
+    with pytest.raises(LocalProtocolError, match="changed"):
+        session.chunk([5, 7])
+    assert [p.tensors for p in session.chunk([5, 6, 7])] == [(1, 2), (0, 1, 2)]
 
 
 def test_pieces_respect_the_frame_bound() -> None:
@@ -153,8 +242,9 @@ def test_differences_name_the_field() -> None:
     other = dataclasses.replace(LAYOUT, page_size=32)
     assert differences(LAYOUT, to_json(other)) == ["page_size: 64 here, 32 at the peer"]
     assert other.fingerprint() != LAYOUT.fingerprint()
-    dense = dataclasses.replace(LAYOUT, components=(LAYOUT.components[0], LAYOUT.components[2]))
-    assert differences(LAYOUT, to_json(dense)) == ["components: kv, mamba, aux here, kv, aux at the peer"]
+    dense = dataclasses.replace(LAYOUT, components=(LAYOUT.components[0], LAYOUT.components[-1]))
+    (line,) = differences(LAYOUT, to_json(dense))
+    assert line == "components: kv, mamba, swa, aux here, kv, aux at the peer"
     wide = dataclasses.replace(
         LAYOUT, components=(Component("kv", (200, 100, 300), (3, 7, 7)), *LAYOUT.components[1:])
     )
@@ -181,6 +271,6 @@ def test_check_layout_refuses_pools_that_cannot_travel() -> None:
     check_layout(LAYOUT)
     with pytest.raises(ValueError, match="kv, the states, aux"):
         check_layout(dataclasses.replace(LAYOUT, components=LAYOUT.components[:2]))
-    empty = (Component("kv", (0,)), LAYOUT.components[2])
+    empty = (Component("kv", (0,)), LAYOUT.components[-1])
     with pytest.raises(ValueError, match="row of 0 bytes"):
         check_layout(dataclasses.replace(LAYOUT, components=empty))
