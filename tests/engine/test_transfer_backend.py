@@ -36,34 +36,37 @@ class Pair:
 
         As the router does, prefill's half is aborted when decode's has failed.
         """
-        room = secrets.randbits(62)
-        full = {
+        full = self.body(prompt, new_tokens, **body)
+        with ThreadPoolExecutor(2) as pool:
+            pool.submit(post, self.prefill, full)
+            answer = pool.submit(post, self.decode, full).result()
+            if "output_ids" not in answer:
+                abort(self.prefill, str(full["rid"]))
+        return {"room": full["bootstrap_room"], **answer}
+
+    def body(self, prompt: list[int], new_tokens: int = 32, **body: Any) -> dict[str, Any]:
+        """Return a request that both servers can be sent, with a room of its own."""
+        return {
             "rid": secrets.token_hex(8),
             "input_ids": prompt,
             "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
             "bootstrap_host": "127.0.0.1",
             "bootstrap_port": self.bootstrap_port,
-            "bootstrap_room": room,
+            "bootstrap_room": secrets.randbits(62),
             **body,
         }
-
-        def post(server: Server) -> dict[str, Any]:
-            answer = requests.post(f"{server.url}/generate", json=full, timeout=60)
-            value: dict[str, Any] = answer.json()
-            return value
-
-        with ThreadPoolExecutor(2) as pool:
-            pool.submit(post, self.prefill)
-            answer = pool.submit(post, self.decode).result()
-            if "output_ids" not in answer:
-                abort(self.prefill, str(full["rid"]))
-        return {"room": room, **answer}
 
     def transfers(self, room: int) -> list[dict[str, Any]]:
         """Return what the prefill server recorded of a room."""
         answer = requests.get(f"{self.telemetry}/transfers?room={room}", timeout=10)
         records: list[dict[str, Any]] = answer.json()["transfers"]
         return records
+
+
+def post(server: Server, body: dict[str, Any]) -> dict[str, Any]:
+    """Send a request to one server; return its JSON."""
+    answer: dict[str, Any] = requests.post(f"{server.url}/generate", json=body, timeout=60).json()
+    return answer
 
 
 def abort(server: Server, rid: str) -> None:
@@ -73,9 +76,10 @@ def abort(server: Server, rid: str) -> None:
 
 @contextlib.contextmanager
 def pair(serve: Serve, model: Path, family: str, **flags: Any) -> Iterator[Pair]:
-    """Start both servers."""
+    """Start both servers; `flags` are for decode, and `staging_bytes` for prefill's configuration."""
     bootstrap_port, telemetry_port = free_port(), free_port()
     config = {"worker_id": "a-p", "site": "A", "listen_host": "127.0.0.1"}
+    staging = {key: flags.pop(key) for key in ("staging_bytes",) if key in flags}
     shared: dict[str, Any] = {
         "disaggregation_transfer_backend": "prfaas",
         "chunked_prefill_size": CHUNK,
@@ -84,7 +88,7 @@ def pair(serve: Serve, model: Path, family: str, **flags: Any) -> Iterator[Pair]
     }
     if family.startswith("gdn"):
         shared["mamba_radix_cache_strategy"] = "extra_buffer"
-    prefill_config = {**config, "telemetry_listen": f"127.0.0.1:{telemetry_port}"}
+    prefill_config = {**config, **staging, "telemetry_listen": f"127.0.0.1:{telemetry_port}"}
     decode_config = {**config, "worker_id": "b-d", "site": "B"}
     with (
         serve(
@@ -152,3 +156,50 @@ def test_aborts_and_dead_peers_fail_only_their_requests(serve: Serve, references
             assert "abort" in json.dumps(answer).lower(), answer
             assert len(answer.get("output_ids", [])) < 2000
         assert servers.generate(case.prompt)["output_ids"] == case.output
+
+
+@pytest.mark.parametrize("family", ["gdn", "swa"])
+def test_prefill_answers_and_frees_its_pages_before_decode_has_asked(
+    serve: Serve, references: References, family: str
+) -> None:
+    """Store and forward: prefill is through with every prompt, its first token right; then decode comes."""
+    model, cases = references.get(family)
+    with pair(serve, model, family) as servers:
+        bodies = [servers.body(case.prompt) for case in cases]
+        for body, case in zip(bodies, cases, strict=True):
+            assert post(servers.prefill, body)["output_ids"] == case.output[:1]
+        servers.prefill.flush()  # refused while a request still has pages
+        for body, case in zip(bodies, cases, strict=True):
+            assert post(servers.decode, body)["output_ids"] == case.output, f"{len(case.prompt)} tokens"
+            (record,) = servers.transfers(body["bootstrap_room"])
+            assert (record["outcome"], record["staged"]) == ("done", True)
+
+
+def test_without_staging_memory_prefill_waits_for_decode(serve: Serve, references: References) -> None:
+    """staging_bytes: 0 is the stock behaviour: pages are kept until decode has everything; exact."""
+    model, cases = references.get("gdn")
+    with pair(serve, model, "gdn", staging_bytes=0) as servers:
+        for case in cases:
+            answer = servers.generate(case.prompt)
+            assert answer["output_ids"] == case.output
+            (record,) = servers.transfers(answer["room"])
+            assert (record["outcome"], record["staged"]) == ("done", False)
+
+
+@pytest.mark.parametrize("family", ["dense", "gdn", "swa"])
+def test_only_pages_that_decode_lacks_travel(serve: Serve, references: References, family: str) -> None:
+    """With decode's own prefix cache on, a conversation's next turn sends its new pages alone, exactly."""
+    model, cases = references.get(family)
+    case = max(cases, key=lambda c: len(c.prompt))
+    with pair(serve, model, family, disaggregation_decode_enable_radix_cache=True) as servers:
+        told = servers.generate(case.prompt, 400)["output_ids"]
+        assert told[: len(case.output)] == case.output
+        for said in (385, 395):  # greedy: a prompt that ends inside the answer is continued by its rest
+            prompt = case.prompt + told[:said]
+            answer = servers.generate(prompt, 400 - said)
+            assert answer["output_ids"] == told[said:]
+            (record,) = servers.transfers(answer["room"])
+            assert 0 < record["pages"] < (len(prompt) - 512) // 64, record
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda c: servers.generate(c.prompt), cases * 2))
+        assert [a["output_ids"] for a in answers] == [c.output for c in cases * 2]
