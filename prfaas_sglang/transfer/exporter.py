@@ -15,7 +15,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cache_service.core.errors import (
     LocalProtocolError,
@@ -43,7 +43,7 @@ from prfaas_sglang.transfer.export import Export
 from prfaas_sglang.transfer.listener import Listener
 from prfaas_sglang.transfer.memory import PoolMemory
 from prfaas_sglang.transfer.store import Store
-from prfaas_sglang.transfer.telemetry import Telemetry, TransferRecord
+from prfaas_sglang.transfer.telemetry import LinkSample, Telemetry, TransferRecord
 from prfaas_sglang.transfer.tls import Tls
 from prfaas_sglang.transfer.wire import ConnectionLost, Wire
 
@@ -259,6 +259,12 @@ class Exporter:
             export.sent_bytes += raw
             export.wire_bytes += sent
 
+    def _with_load(self, peer: _Peer, sample: LinkSample) -> LinkSample:
+        with self._lock:
+            exports = list(peer.transfers.values())
+        pending = sum(e.session.total_bytes - e.sent_bytes for e in exports)
+        return replace(sample, open_transfers=len(exports), pending_bytes=max(0, pending))
+
     # --- reader threads ---
 
     def frame(self, channel: Channel, header: Header) -> None:
@@ -420,7 +426,9 @@ class Exporter:
                     lambda wire, transfer, piece: self._send_piece(owner, wire, transfer, piece)
                 )
                 peer.bundle.on_sample(
-                    lambda sample: self._telemetry.sampled(hello.site, hello.bundle, sample)
+                    lambda sample: self._telemetry.sampled(
+                        hello.site, hello.bundle, self._with_load(owner, sample)
+                    )
                 )
                 self._peers[hello.bundle] = peer
             elif peer is None or peer.lost or peer.worker != hello.worker:

@@ -81,6 +81,8 @@ class LinkSample:
         goodput_bytes_per_s: delivered lately, 0 when nothing is being sent.
         cap_bytes_per_s: what the rate controller allows, None for no cap.
         sent_bytes, retransmitted_bytes: since the bundle was opened, the second part of the first.
+        open_transfers: granted and not yet acknowledged.
+        pending_bytes: row bytes of those that were not handed to TCP yet.
     """
 
     srtt_s: float
@@ -89,6 +91,8 @@ class LinkSample:
     cap_bytes_per_s: float | None
     sent_bytes: int
     retransmitted_bytes: int
+    open_transfers: int = 0
+    pending_bytes: int = 0
 
 
 class Telemetry:
@@ -136,6 +140,8 @@ class Telemetry:
             "min_rtt_s": self._gauge("min_rtt_seconds", "Least round trip, latest bundle.", links),
             "goodput_bytes_per_s": self._gauge("goodput_bytes_per_second", "Delivered lately.", links),
             "cap_bytes_per_s": self._gauge("cap_bytes_per_second", "Allowed now; 0 means no cap.", links),
+            "open_transfers": self._gauge("in_flight_count", "Granted, not yet acknowledged.", links),
+            "pending_bytes": self._gauge("pending_bytes", "Granted, not yet handed to TCP.", links),
         }
         self._retransmitted = Counter(
             "prfaas_transfer_retransmitted_bytes_total",
