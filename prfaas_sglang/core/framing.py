@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -40,6 +41,7 @@ class FrameType(IntEnum):
     PING = 7  # both: liveness probe
     PONG = 8  # both: its answer
     CANCEL = 9  # decode: "nothing will be granted for this room"
+    RESUME = 10  # decode: "the connection broke; of what I granted this is missing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +185,40 @@ def decode_room(payload: bytes) -> int:
     if len(payload) != _ROOM.size:
         raise RemoteProtocolError("cancel: expected 8 bytes", reason="cancel")
     return int(_ROOM.unpack(payload)[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Positions of one tensor that have not arrived: first, first + 1, ..., `count` of them."""
+
+    component: int
+    tensor: int
+    first: int
+    count: int
+
+
+_RESUME = struct.Struct("<QI")
+_MISSING = struct.Struct("<HHII")
+#: Ranges that one RESUME may list.
+MAX_MISSING = (MAX_CONTROL_BYTES - _RESUME.size) // _MISSING.size
+
+
+def encode_resume(room: int, missing: Sequence[Missing]) -> bytes:
+    """Return a RESUME payload. Raises ValueError for more than MAX_MISSING ranges."""
+    if len(missing) > MAX_MISSING:
+        raise ValueError(f"{len(missing)} missing ranges, at most {MAX_MISSING}")
+    ranges = b"".join(_MISSING.pack(m.component, m.tensor, m.first, m.count) for m in missing)
+    return _RESUME.pack(room, len(missing)) + ranges
+
+
+def decode_resume(payload: bytes) -> tuple[int, list[Missing]]:
+    """Parse a RESUME payload into room and ranges. Raises RemoteProtocolError on a wrong length."""
+    if len(payload) < _RESUME.size:
+        raise RemoteProtocolError("resume: too short", reason="resume")
+    room, count = _RESUME.unpack_from(payload)
+    if len(payload) != _RESUME.size + count * _MISSING.size:
+        raise RemoteProtocolError("resume: length does not match its count", reason="resume")
+    return room, [Missing(*fields) for fields in _MISSING.iter_unpack(payload[_RESUME.size :])]
 
 
 _TOTAL = struct.Struct("<Q")

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from cache_service.core.errors import LocalProtocolError, RemoteProtocolError
-from prfaas_sglang.core.framing import RAW, Data, Grant
+from prfaas_sglang.core.framing import RAW, Data, Grant, Missing
 from prfaas_sglang.core.layout import KV, Layout
 from prfaas_sglang.core.plan import DEFAULT_FRAME_BYTES, Piece, plan_component
 
@@ -190,8 +190,11 @@ class ExportSession:
             )
         return surplus
 
-    def pieces(self, part: Part) -> Iterator[Piece]:
+    def pieces(self, part: Part, missing: Sequence[Missing] | None = None) -> Iterator[Piece]:
         """Cut a part into pieces; what decode holds already is left out.
+
+        Args:
+            missing: after a break, what decode lacks; None for all of it.
 
         Raises RemoteProtocolError when the grant came after the part and does not fit it, LocalProtocolError
         before the grant.
@@ -206,24 +209,47 @@ class ExportSession:
             skip = first = 0
         else:
             skip, first = self._surplus(part.component - 1, len(part.rows), RemoteProtocolError), 0
-        return self._cut(part, skip, first, component.row_bytes)
+        end = first + len(part.rows) - skip
+        spans = [
+            (i, start, stop)
+            for i, tensor in enumerate(part.tensors)
+            for start, stop in _overlaps(part.component, tensor, first, end, missing)
+        ]
+        return self._cut(part, spans, skip - first, component.row_bytes)
 
-    def _cut(self, part: Part, skip: int, first: int, row_bytes: Sequence[int]) -> Iterator[Piece]:
-        component, rows = self.layout.components[part.component], part.rows[skip:]
-        for i, tensor in enumerate(part.tensors):
+    def _cut(
+        self, part: Part, spans: list[tuple[int, int, int]], shift: int, row_bytes: Sequence[int]
+    ) -> Iterator[Piece]:
+        """Yield the pieces of spans (number in part.tensors, positions from, to); row = position + shift."""
+        component = self.layout.components[part.component]
+        for i, start, stop in spans:
+            tensor = part.tensors[i]
             for piece in plan_component(
                 part.component,
                 component,
-                rows,
-                first=first,
+                part.rows[start + shift : stop + shift],
+                first=start,
                 tensors=(tensor,),
                 frame_bytes=self.frame_bytes,
             ):
                 staged = None
                 if part.staged is not None:
-                    at = skip + piece.data.first - first
-                    staged = part.staged[i] + at * row_bytes[tensor]
+                    staged = part.staged[i] + (piece.data.first + shift) * row_bytes[tensor]
                 yield replace(piece, staged=staged, mark=part.mark)
+
+
+def _overlaps(
+    component: int, tensor: int, first: int, end: int, missing: Sequence[Missing] | None
+) -> list[tuple[int, int]]:
+    """Return what of the positions first..end of a tensor is to be sent."""
+    if missing is None:
+        return [(first, end)]
+    spans = [
+        (max(first, m.first), min(end, m.first + m.count))
+        for m in missing
+        if m.component == component and m.tensor == tensor
+    ]
+    return [(start, stop) for start, stop in spans if start < stop]
 
 
 @dataclass(slots=True)
@@ -244,6 +270,7 @@ class ImportSession:
     committed_bytes: int | None = None
     received_bytes: int = 0
     _claimed: dict[tuple[int, int], int] = field(default_factory=dict)
+    _arrived: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def rows(self, component: int) -> Sequence[int]:
         """Return the granted rows of a component, in position order."""
@@ -298,6 +325,8 @@ class ImportSession:
 
     def arrived(self, data: Data) -> None:
         """Record a verified frame (after `place` and after its checksum was right)."""
+        key, mask = (data.component, data.tensor), ((1 << data.count) - 1) << data.first
+        self._arrived[key] = self._arrived.get(key, 0) | mask
         self.received_bytes += data.count * self.layout.components[data.component].row_bytes[data.tensor]
 
     def commit(self, total_bytes: int) -> None:
@@ -310,7 +339,29 @@ class ImportSession:
             )
         self.committed_bytes = total_bytes
 
+    def resume(self) -> list[Missing]:
+        """Begin again on a new connection, once no reader of the old one is left; return what is missing."""
+        self._claimed = dict(self._arrived)
+        self.committed_bytes = None
+        return [
+            Missing(number, tensor, first, count)
+            for number, component in enumerate(self.layout.components)
+            for tensor in range(len(component.row_bytes))
+            for first, count in _gaps(self._arrived.get((number, tensor), 0), len(self.rows(number)))
+        ]
+
     @property
     def complete(self) -> bool:
         """True when the sender committed and every granted row of every tensor arrived."""
         return self.committed_bytes is not None and self.received_bytes == self.committed_bytes
+
+
+def _gaps(mask: int, length: int) -> Iterator[tuple[int, int]]:
+    """Yield the runs (first, count) of zero bits among the lowest `length`."""
+    holes = ~mask & ((1 << length) - 1)
+    while holes:
+        first = (holes & -holes).bit_length() - 1
+        run = holes >> first
+        count = (~run & (run + 1)).bit_length() - 1
+        yield first, count
+        holes &= ~(((1 << count) - 1) << first)

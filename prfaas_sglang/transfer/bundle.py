@@ -1,8 +1,8 @@
 """Several connections to one peer that share one queue: what each writer sends next, and how fast together.
 
 Control frames of a connection go before data. Data pieces come from one outbox, earliest deadline first,
-whichever connection can take one. A pacer thread samples TCP_INFO and caps the bundle's rate
-(`core/rate.py`); it sleeps while nothing is sent.
+whichever connection can take one. A pacer thread samples TCP_INFO, caps the bundle's rate (`core/rate.py`)
+and ends a connection that stands still (`core/stall.py`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+from cache_service.core.errors import PrfaasError
 from prfaas_sglang.core.framing import FrameType
 from prfaas_sglang.core.outbox import Outbox
 from prfaas_sglang.core.plan import Piece
 from prfaas_sglang.core.rate import RateController, Sample
+from prfaas_sglang.core.stall import STALL_S, StallWatch
 from prfaas_sglang.transfer.telemetry import LinkSample
-from prfaas_sglang.transfer.wire import Buffer, Wire
+from prfaas_sglang.transfer.wire import Buffer, ConnectionLost, Wire
 
 SAMPLE_S = 0.02
 
@@ -38,6 +40,9 @@ class Member(Protocol):
     def failed(self) -> bool:
         """True once it has ended."""
 
+    def fail(self, error: PrfaasError) -> None:
+        """End it for a reason."""
+
 
 class Bundle:
     """The shared queue of one peer's connections. Thread-safe."""
@@ -51,6 +56,7 @@ class Bundle:
         self._members: dict[int, Member] = {}
         self._closed = False
         self._rate = RateController()
+        self._stalls = StallWatch()
         self._pacer: threading.Thread | None = None
 
     def on_piece(self, send_piece: SendPiece) -> None:
@@ -137,19 +143,25 @@ class Bundle:
                     self._condition.wait_for(lambda: self._closed, SAMPLE_S)
                 if self._closed:
                     return
-                wires = [m.wire for m in self._members.values()]
-            cap = self._sample(wires, busy=not idle)
+                members = list(self._members.values())
+                wires = [m.wire for m in members]
+            cap = self._sample(members, busy=not idle)
             if cap != applied:
                 applied = cap
                 for wire in wires:
                     wire.pace(None if cap is None else cap / len(wires))
 
-    def _sample(self, wires: list[Wire], *, busy: bool) -> float | None:
-        infos = [info for wire in wires if (info := wire.tcp_info()) is not None]
+    def _sample(self, members: list[Member], *, busy: bool) -> float | None:
+        by_index = {m.index: info for m in members if (info := m.wire.tcp_info()) is not None}
+        infos = list(by_index.values())
         if not infos:
             return self._rate.cap_bytes_per_s
+        now_s = time.monotonic()
+        flows = {index: (info.delivered_bytes, info.unacknowledged) for index, info in by_index.items()}
+        for index in self._stalls.update(now_s, flows):
+            self._members[index].fail(ConnectionLost(f"nothing acknowledged for {STALL_S:.0f} s"))
         sample = Sample(
-            now_s=time.monotonic(),
+            now_s=now_s,
             acked_bytes=sum(i.delivered_bytes for i in infos),
             srtt_s=statistics.median(i.srtt_s for i in infos),
             min_rtt_s=max(1e-5, min(i.min_rtt_s for i in infos)),

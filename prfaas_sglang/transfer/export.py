@@ -7,13 +7,14 @@ The engine's request and the transfer end apart: once everything is staged the e
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from prfaas_sglang.core.framing import FrameType, encode_total
+from prfaas_sglang.core.framing import FrameType, Missing, encode_total
 from prfaas_sglang.core.outbox import due_s
 from prfaas_sglang.core.session import ExportSession, Part
+from prfaas_sglang.transfer.bundle import Bundle
 from prfaas_sglang.transfer.channel import Channel
 from prfaas_sglang.transfer.staging import Extent
 
@@ -33,7 +34,9 @@ class Export:
         deadline_s: virtual deadline in the bundle's queue.
         kv: staging memory of the KV pages, None when there was no room.
         extents: offsets of all staging memory it holds.
-        ready: parts that wait for the grant.
+        parts: all that was offered so far, so that a broken connection can be made good.
+        parked_s: when the connection that had the grant broke, None while there is one.
+        sent_to: site and worker that granted.
         copying: parts on their way to staging memory.
         from_pool: something is sent straight from the pool: pages must stay until DONE.
         released: the engine was told that its request is over.
@@ -50,7 +53,9 @@ class Export:
     deadline_s: float = 0.0
     kv: Extent | None = None
     extents: list[int] = field(default_factory=list)
-    ready: list[Part] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    parked_s: float | None = None
+    sent_to: tuple[str, str] = ("unknown", "")
     copying: int = 0
     from_pool: bool = False
     released: bool = False
@@ -83,7 +88,7 @@ class Export:
         """Mark it dead and give its staging memory back once nobody holds it; False when it was dead."""
         with self.lock:
             first, self.dead = not self.dead, True
-            self.ready.clear()
+            self.parts.clear()
             self._give_back()
             return first
 
@@ -103,23 +108,30 @@ class Export:
         """Let a part go, or wait for the grant."""
         if self.dead:
             return
-        if self.channel is None:
-            self.ready.append(part)
-        else:
+        self.parts.append(part)
+        if self.channel is not None:
             self.channel.bundle.add(self.transfer, self.deadline_s, self.session.pieces(part))
 
-    def attach(self, channel: Channel, transfer: int, now_s: float) -> None:
-        """The session has its grant: let what is ready go.
+    def attach(
+        self, channel: Channel, transfer: int, now_s: float, missing: Sequence[Missing] | None = None
+    ) -> None:
+        """The session has its grant: let go what was offered, or what of it is `missing` after a break.
 
-        Raises RemoteProtocolError when what is ready does not fit the grant.
+        Raises RemoteProtocolError when what was offered does not fit the grant.
         """
-        ready = [self.session.pieces(part) for part in self.ready]
-        self.ready.clear()
-        self.channel, self.transfer, self.granted_s = channel, transfer, now_s
-        self.deadline_s = due_s(now_s, self.session.total_bytes)
-        for pieces in ready:
+        offered = [self.session.pieces(part, missing) for part in self.parts]
+        self.channel, self.transfer, self.parked_s = channel, transfer, None
+        self.sent_to = channel.peer.site, channel.peer.worker
+        if self.granted_s is None:
+            self.granted_s = now_s
+        self.deadline_s = due_s(self.granted_s, self.session.total_bytes)
+        for pieces in offered:
             channel.bundle.add(transfer, self.deadline_s, pieces)
         self.commit()
+
+    def park(self, now_s: float) -> None:
+        """The connection broke: wait for decode to resume on another."""
+        self.channel, self.parked_s, self.committed = None, now_s, False
 
     def commit(self) -> None:
         """Say how much it is, once the last chunk and the grant are here."""
@@ -134,3 +146,14 @@ class Export:
         if self.first_sent_s is None or self.granted_s is None or self.offered_s is None:
             return 0.0
         return max(0.0, self.first_sent_s - max(self.granted_s, self.offered_s))
+
+
+@dataclass(slots=True)
+class DecodePeer:
+    """A decode worker's bundle and its connections."""
+
+    bundle: Bundle
+    worker: str
+    channels: list[Channel] = field(default_factory=list)
+    transfers: dict[int, Export] = field(default_factory=dict)
+    lost: bool = False

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from cache_service.core.errors import (
     LocalProtocolError,
@@ -27,8 +27,10 @@ from prfaas_sglang.core.framing import (
     FrameType,
     Grant,
     Header,
+    Missing,
     decode_grant,
     decode_reason,
+    decode_resume,
     decode_room,
     decode_total,
     encode_data,
@@ -39,7 +41,7 @@ from prfaas_sglang.core.plan import DEFAULT_FRAME_BYTES, Piece
 from prfaas_sglang.core.session import ExportSession
 from prfaas_sglang.transfer.bundle import Bundle
 from prfaas_sglang.transfer.channel import Channel, Identity
-from prfaas_sglang.transfer.export import Export
+from prfaas_sglang.transfer.export import DecodePeer, Export
 from prfaas_sglang.transfer.listener import Listener
 from prfaas_sglang.transfer.memory import PoolMemory
 from prfaas_sglang.transfer.store import Store
@@ -52,19 +54,11 @@ logger = logging.getLogger(__name__)
 #: Decode workers connected at once, and grants waiting for their request: bounds against a broken peer.
 MAX_PEERS = 256
 MAX_GRANTS = 4096
+#: How long a transfer whose connection broke waits for decode to resume it: decode may hear of the break by
+#: silence only (channel.PING_S * MISSED), and then has to dial.
+PARK_S = 30.0
 #: Rooms that decode gave up before it granted anything, remembered for a request that comes later.
 MAX_CANCELLED = 1024
-
-
-@dataclass(slots=True)
-class _Peer:
-    """A decode worker's bundle and its connections."""
-
-    bundle: Bundle
-    worker: str
-    channels: list[Channel] = field(default_factory=list)
-    transfers: dict[int, Export] = field(default_factory=dict)
-    lost: bool = False
 
 
 class Exporter:
@@ -80,6 +74,7 @@ class Exporter:
         frame_bytes: bound of one frame's row bytes.
         staging_bytes: host memory for store and forward, 0 for none.
         hold_s: seconds that a staged room waits for its grant.
+        park_s: seconds that a transfer whose connection broke waits to be resumed.
         tls: contexts for mutual TLS, None for plain TCP.
     Callbacks run on channel threads or the stager's and must not block.
     """
@@ -96,6 +91,7 @@ class Exporter:
         frame_bytes: int = DEFAULT_FRAME_BYTES,
         staging_bytes: int = 0,
         hold_s: float = 300.0,
+        park_s: float = PARK_S,
         tls: Tls | None = None,
     ) -> None:
         self._frame_bytes = frame_bytes
@@ -106,10 +102,11 @@ class Exporter:
         self._on_done = on_done
         self._on_failed = on_failed
         self._hold_s = hold_s
+        self._park_s = park_s
         self._lock = threading.Lock()
         self._exports: dict[int, Export] = {}  # by room
         self._cancelled: OrderedDict[int, None] = OrderedDict()
-        self._peers: dict[str, _Peer] = {}  # by bundle id
+        self._peers: dict[str, DecodePeer] = {}  # by bundle id
         self._store = Store(identity.layout, memory, staging_bytes, on_whole=self._on_done, tidy=self._tidy)
         self._listener = Listener(identity, telemetry, self._admit, tls)
         self._closed = False
@@ -226,17 +223,20 @@ class Exporter:
         """End rooms that are ready and whose grant never came; on the stager's thread."""
         now_s = time.monotonic()
         with self._lock:
-            stale = [
-                e.room
-                for e in self._exports.values()
-                if e.channel is None and now_s - (e.prefill_end_s or now_s) > self._hold_s
-            ]
-        for room in stale:
-            self._end(room, "failed", f"no decode worker asked for it in {self._hold_s:.0f} s", notify=True)
+            waiting = [e for e in self._exports.values() if e.channel is None]
+        for export in waiting:
+            reason = ""
+            if export.parked_s is not None:
+                if now_s - export.parked_s > self._park_s:
+                    reason = f"connection to decode worker lost, and not resumed in {self._park_s:.0f} s"
+            elif now_s - (export.prefill_end_s or now_s) > self._hold_s:
+                reason = f"no decode worker asked for it in {self._hold_s:.0f} s"
+            if reason:
+                self._end(export.room, "failed", reason, notify=True)
 
     # --- writer threads ---
 
-    def _send_piece(self, peer: _Peer, wire: Wire, transfer: int, piece: Piece) -> None:
+    def _send_piece(self, peer: DecodePeer, wire: Wire, transfer: int, piece: Piece) -> None:
         export = peer.transfers.get(transfer)
         if export is None:
             return
@@ -253,13 +253,13 @@ class Exporter:
                 self._send_views(export, wire, piece, views)
 
     def _send_views(self, export: Export, wire: Wire, piece: Piece, views: list[memoryview]) -> None:
-        sent = wire.send(FrameType.DATA, export.transfer, [encode_data(piece.data), *views])
         raw = sum(len(view) for view in views)
-        with export.lock:
+        with export.lock:  # before it is sent: DONE may be here before `send` returns
             export.sent_bytes += raw
-            export.wire_bytes += sent
+            export.wire_bytes += raw
+        wire.send(FrameType.DATA, export.transfer, [encode_data(piece.data), *views])
 
-    def _with_load(self, peer: _Peer, sample: LinkSample) -> LinkSample:
+    def _with_load(self, peer: DecodePeer, sample: LinkSample) -> LinkSample:
         with self._lock:
             exports = list(peer.transfers.values())
         pending = sum(e.session.total_bytes - e.sent_bytes for e in exports)
@@ -281,13 +281,18 @@ class Exporter:
                 export = self._find(channel, header.transfer)
                 if export is not None:
                     self._end(export.room, "failed", f"decode gave up: {decode_reason(payload)}", notify=True)
+            case FrameType.RESUME:
+                self._resume(channel, header.transfer, *decode_resume(payload))
             case FrameType.CANCEL:
                 self._cancel(decode_room(payload))
             case _:
                 raise RemoteProtocolError(f"{header.type.name} from a decode worker", reason="direction")
 
     def lost(self, channel: Channel, error: PrfaasError) -> None:
-        """End the whole bundle of a lost channel and fail its rooms (see channel.Handler)."""
+        """End the whole bundle of a lost channel (see channel.Handler).
+
+        Its rooms wait to be resumed when the connection broke, and fail when the peer broke the protocol.
+        """
         peer = self._peer_of(channel)
         self._telemetry.connected(-1)
         if peer is None:
@@ -298,7 +303,9 @@ class Exporter:
             if not peer.channels:
                 self._peers.pop(channel.peer.bundle, None)
             others = list(peer.channels)
-            rooms = [e.room for e in peer.transfers.values()]
+            exports = list(peer.transfers.values()) if first else []
+            if first:
+                peer.transfers.clear()
         if not first:
             return
         peer.bundle.close()
@@ -309,12 +316,17 @@ class Exporter:
             self._telemetry.refused(error.reason)
         if not self._closed:
             logger.warning(
-                "decode_worker_lost worker=%s rooms=%d reason=%s", channel.peer.worker, len(rooms), error
+                "decode_worker_lost worker=%s rooms=%d reason=%s", channel.peer.worker, len(exports), error
             )
-        for room in rooms:
-            self._end(room, "failed", f"connection to decode worker lost: {error}", notify=True)
+        for export in exports:
+            if isinstance(error, ConnectionLost) and not self._closed:
+                with export.lock:
+                    if export.channel is not None and export.channel.bundle is peer.bundle:
+                        export.park(time.monotonic())
+            else:
+                self._end(export.room, "failed", f"connection to decode worker lost: {error}", notify=True)
 
-    def _peer_of(self, channel: Channel) -> _Peer | None:
+    def _peer_of(self, channel: Channel) -> DecodePeer | None:
         with self._lock:
             return self._peers.get(channel.peer.bundle)
 
@@ -326,17 +338,16 @@ class Exporter:
             return  # the bundle is ending
         with self._lock:
             export = self._exports.get(grant.room)
-            taken = (
-                (export is not None and export.channel is not None)
-                or transfer in peer.transfers
-                or len(self._exports) >= MAX_GRANTS
-                or peer.lost
-            )
-            if not taken:
+            again = export is not None and export.session.grant is not None
+            taken = transfer in peer.transfers or len(self._exports) >= MAX_GRANTS or peer.lost
+            if not taken and not again:
                 if export is None:
                     export = self._exports[grant.room] = self._export(grant.room)
                 peer.transfers[transfer] = export
-        if taken or export is None:
+        if again and export is not None and export.session.grant == grant:
+            self._resume(channel, transfer, grant.room, None)
+            return
+        if taken or again or export is None:
             channel.post(FrameType.ABORT, transfer, [encode_reason("room is in use, or too many grants")])
             return
         try:
@@ -351,6 +362,45 @@ class Exporter:
             self._end(grant.room, "failed", str(error), notify=True)
             return
         self._on_grant(grant.room, grant)
+
+    def _resume(self, channel: Channel, transfer: int, room: int, missing: list[Missing] | None) -> None:
+        """Send again what a broken connection lost (None: all of it)."""
+        found = self._move(channel, transfer, room)
+        if found is None:
+            channel.post(FrameType.ABORT, transfer, [encode_reason("room is in use, or not known")])
+            return
+        export, before = found
+        if before is not None:  # this side has not heard of the break yet
+            before.fail(ConnectionLost("its decode worker goes on over another connection"))
+        with export.lock:
+            export.committed = False
+            export.attach(channel, transfer, time.monotonic(), missing)
+        self._telemetry.resumed()
+
+    def _move(self, channel: Channel, transfer: int, room: int) -> tuple[Export, Channel | None] | None:
+        """Give a granted room to another connection of the same decode worker; None when that is not so."""
+        with self._lock:
+            peer = self._peers.get(channel.peer.bundle)
+            export = self._exports.get(room)
+            if (
+                peer is None
+                or peer.lost
+                or transfer in peer.transfers
+                or export is None
+                or export.dead
+                or export.session.grant is None
+                or export.sent_to != (channel.peer.site, channel.peer.worker)
+            ):
+                return None
+            before = export.channel
+            if before is not None:
+                if before.peer.bundle == channel.peer.bundle:
+                    return None
+                old = self._peers.get(before.peer.bundle)
+                if old is not None:
+                    old.transfers.pop(export.transfer, None)
+            peer.transfers[transfer] = export
+            return export, before
 
     def _done(self, channel: Channel, transfer: int, total_bytes: int) -> None:
         export = self._find(channel, transfer)
@@ -393,7 +443,7 @@ class Exporter:
             TransferRecord(
                 room=room,
                 role="send",
-                peer_site=channel.peer.site if channel is not None else "unknown",
+                peer_site=export.sent_to[0],
                 outcome=outcome,
                 bytes=export.sent_bytes,
                 wire_bytes=export.wire_bytes,
@@ -420,7 +470,7 @@ class Exporter:
                     raise RemoteProtocolError("hello.bundle: is in use", reason="bundle")
                 if len(self._peers) >= MAX_PEERS:
                     raise ConnectionLost(f"{MAX_PEERS} decode workers are connected")
-                peer = _Peer(Bundle(), hello.worker)
+                peer = DecodePeer(Bundle(), hello.worker)
                 owner = peer
                 peer.bundle.on_piece(
                     lambda wire, transfer, piece: self._send_piece(owner, wire, transfer, piece)

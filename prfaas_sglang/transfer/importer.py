@@ -13,15 +13,15 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import xxhash
 
 from cache_service.core.errors import IntegrityError, PrfaasError, RemoteProtocolError
 from prfaas_sglang.core.framing import (
     DATA_BYTES,
+    MAX_MISSING,
     Data,
     FrameType,
     Grant,
@@ -31,6 +31,7 @@ from prfaas_sglang.core.framing import (
     decode_total,
     encode_grant,
     encode_reason,
+    encode_resume,
     encode_room,
     encode_total,
 )
@@ -38,6 +39,7 @@ from prfaas_sglang.core.layout import Hello
 from prfaas_sglang.core.session import ImportSession
 from prfaas_sglang.transfer.bundle import Bundle
 from prfaas_sglang.transfer.channel import Channel, Identity, dial_hello
+from prfaas_sglang.transfer.imports import Address, Import, Peer
 from prfaas_sglang.transfer.memory import Landing, PoolMemory
 from prfaas_sglang.transfer.telemetry import Telemetry, TransferRecord
 from prfaas_sglang.transfer.tls import Tls
@@ -48,41 +50,12 @@ logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 5.0
 CONNECT_ATTEMPTS = 3
 DEFAULT_CONNECTIONS = 4
+#: How long transfers of a broken connection try to be resumed, and how often.
+RESUME_S = 20.0
+REDIAL_S = 0.5
 #: Rooms given up before the connection was there.
 MAX_CANCELLED = 1024
 _SCRATCH_BYTES = 256 << 10
-
-Address = tuple[str, int]
-
-
-@dataclass(slots=True)
-class Import:
-    """One transfer being received, possibly by several connections' threads at once.
-
-    `lock` guards the session and `alive`. A thread that writes rows counts itself in `writing` for the time
-    of one non-blocking read, so that ending a transfer waits microseconds, never for the network.
-    """
-
-    room: int
-    transfer: int
-    session: ImportSession
-    grant: Grant
-    since_s: float
-    alive: bool = True
-    writing: int = 0
-    lock: threading.Condition = field(default_factory=threading.Condition)
-
-
-@dataclass(slots=True)
-class _Peer:
-    """A prefill worker: its connections, and what waits for it. `channel` is the control connection."""
-
-    address: Address
-    channel: Channel | None = None
-    channels: list[Channel] = field(default_factory=list)
-    dialing: bool = False
-    imports: dict[int, Import] = field(default_factory=dict)
-    cancelled: list[int] = field(default_factory=list)
 
 
 class Importer:
@@ -121,8 +94,8 @@ class Importer:
         self._on_done = on_done
         self._on_failed = on_failed
         self._lock = threading.Lock()
-        self._peers: dict[Address, _Peer] = {}
-        self._by_room: dict[int, tuple[_Peer, Import]] = {}
+        self._peers: dict[Address, Peer] = {}
+        self._by_room: dict[int, tuple[Peer, Import]] = {}
         self._numbers = itertools.count(1)
         self._closed = False
         telemetry.watch_open(lambda: len(self._by_room))
@@ -161,8 +134,9 @@ class Importer:
             peer.imports[item.transfer] = item
             self._by_room[room] = (peer, item)
             channel = peer.channel
-        if channel is not None:
-            channel.post(FrameType.GRANT, item.transfer, [encode_grant(grant)])
+            if channel is not None:
+                item.granted = True
+                channel.post(FrameType.GRANT, item.transfer, [encode_grant(grant)])
 
     def abort(self, room: int, reason: str) -> None:
         """Stop receiving a room and tell prefill. After this returns its rows are not written any more."""
@@ -200,25 +174,26 @@ class Importer:
 
     # --- dialing ---
 
-    def _peer(self, address: Address) -> _Peer:
-        peer = self._peers.setdefault(address, _Peer(address))
-        if peer.channel is None and not peer.dialing and not self._closed:
+    def _peer(self, address: Address) -> Peer:
+        peer = self._peers.setdefault(address, Peer(address))
+        if not peer.channels and not peer.dialing and not self._closed:
             peer.dialing = True
             name = f"prfaas-dial-{address[0]}:{address[1]}"
             threading.Thread(target=self._dial, args=(peer,), name=name, daemon=True).start()
         return peer
 
-    def _dial(self, peer: _Peer) -> None:
+    def _dial(self, peer: Peer) -> None:
         """Connect the control connection, then the data connections, to one prefill rank."""
         bundle, name = Bundle(), secrets.token_hex(16)
         handler = _PeerHandler(self, peer)
         try:
-            wire, hello = self._connect(peer.address, name, 0)
+            wire, hello = self._reach(peer, name)
         except PrfaasError as error:
             logger.warning("prefill_worker_unreachable address=%s:%d reason=%s", *peer.address, error)
             self._telemetry.refused(error.reason)
             with self._lock:
                 peer.dialing = False
+                peer.resume_until_s = None
                 peer.cancelled.clear()
                 items = list(peer.imports.values())
             self._fail_all(peer, items, str(error))
@@ -229,11 +204,11 @@ class Importer:
             peer.dialing = False
             peer.channel = channel
             self._join(peer, channel)
-            for item in peer.imports.values():
-                channel.post(FrameType.GRANT, item.transfer, [encode_grant(item.grant)])
+            too_scattered = [item for item in peer.imports.values() if not self._ask(channel, item)]
             while peer.cancelled:
                 channel.post(FrameType.CANCEL, 0, [encode_room(peer.cancelled.pop())])
         channel.start()
+        self._fail_all(peer, too_scattered, "what arrived before the connection broke is too scattered")
         for index in range(1, self._connections):
             try:
                 wire, hello = self._connect(peer.address, name, index)
@@ -251,7 +226,37 @@ class Importer:
                 return
             extra.start()
 
-    def _join(self, peer: _Peer, channel: Channel) -> None:
+    @staticmethod
+    def _ask(channel: Channel, item: Import) -> bool:
+        """Send a transfer's grant, or after a break what is missing of it; False when that is too much."""
+        with item.lock:
+            missing = item.session.resume()
+            nothing_arrived = not item.session.received_bytes
+        if nothing_arrived:  # the grant itself may have been lost
+            item.granted = True
+            channel.post(FrameType.GRANT, item.transfer, [encode_grant(item.grant)])
+            return True
+        if len(missing) > MAX_MISSING:
+            return False
+        channel.post(FrameType.RESUME, item.transfer, [encode_resume(item.room, missing)])
+        return True
+
+    def _reach(self, peer: Peer, bundle: str) -> tuple[Wire, Hello]:
+        """Connect the control connection; when there is something to resume, try for as long as that may."""
+        pause = threading.Event()
+        if peer.breaks > 1:
+            pause.wait(min(1.0, 0.1 * 2**peer.breaks))
+        while True:
+            try:
+                return self._connect(peer.address, bundle, 0)
+            except ConnectionLost as error:
+                until_s = peer.resume_until_s
+                refused = isinstance(error.__cause__, ConnectionRefusedError)  # the worker itself is gone
+                if until_s is None or refused or self._closed or time.monotonic() > until_s:
+                    raise
+                pause.wait(REDIAL_S)
+
+    def _join(self, peer: Peer, channel: Channel) -> None:
         peer.channels.append(channel)
         channel.bundle.join(channel)
         self._telemetry.connected(+1)
@@ -277,7 +282,7 @@ class Importer:
 
     # --- reader threads ---
 
-    def frame(self, peer: _Peer, channel: Channel, header: Header) -> None:
+    def frame(self, peer: Peer, channel: Channel, header: Header) -> None:
         """Handle a frame from prefill."""
         with self._lock:
             item = peer.imports.get(header.transfer)
@@ -299,7 +304,7 @@ class Importer:
             case _:
                 raise RemoteProtocolError(f"{header.type.name} from a prefill worker", reason="direction")
 
-    def _data(self, peer: _Peer, channel: Channel, header: Header, item: Import | None) -> None:
+    def _data(self, peer: Peer, channel: Channel, header: Header, item: Import | None) -> None:
         wire = channel.wire
         if header.length <= DATA_BYTES:
             raise RemoteProtocolError("data: no rows", reason="length")
@@ -323,11 +328,12 @@ class Importer:
             self._corrupt(peer, item, data)
             return
         if self._land(item, landing, data):
+            peer.resume_until_s, peer.breaks = None, 0
             self._finish_if_complete(peer, item)
 
     def _land(self, item: Import, landing: Landing, data: Data) -> bool:
         """Give the rows their verified bytes; False when the transfer died meanwhile (nothing is written)."""
-        with self._writing(item) as alive:
+        with item.written() as alive:
             if not alive:
                 landing.drop()
                 return False
@@ -339,26 +345,10 @@ class Importer:
             self._on_progress(item.room)
         return True
 
-    @staticmethod
-    @contextmanager
-    def _writing(item: Import) -> Iterator[bool]:
-        """Keep `_end` waiting while rows are written; False when the transfer is over."""
-        with item.lock:
-            alive = item.alive
-            item.writing += alive
-        try:
-            yield alive
-        finally:
-            if alive:
-                with item.lock:
-                    item.writing -= 1
-                    if not item.alive:
-                        item.lock.notify_all()
-
     def _fill(self, wire: Wire, item: Import, views: list[memoryview], left: int) -> bool:
         """Receive `left` bytes into `views`; False when the transfer died meanwhile (bytes discarded)."""
         while left:
-            with self._writing(item) as alive:
+            with item.written() as alive:
                 if not alive:
                     break
                 count = wire.read_ready(views)
@@ -380,13 +370,13 @@ class Importer:
         while left:
             left -= wire.read_some([scratch[: min(left, len(scratch))]])
 
-    def _corrupt(self, peer: _Peer, item: Import, data: Data) -> None:
+    def _corrupt(self, peer: Peer, item: Import, data: Data) -> None:
         error = IntegrityError(f"checksum mismatch in component {data.component} tensor {data.tensor}")
         if self._end(peer, item, "failed", str(error)):
             self._tell(peer, FrameType.ABORT, item.transfer, encode_reason(str(error)))
             self._on_failed(item.room, str(error))
 
-    def _finish_if_complete(self, peer: _Peer, item: Import) -> None:
+    def _finish_if_complete(self, peer: Peer, item: Import) -> None:
         with item.lock:
             complete = item.session.complete
         if complete:
@@ -396,22 +386,35 @@ class Importer:
             self._on_done(item.room)
 
     @staticmethod
-    def _tell(peer: _Peer, kind: FrameType, transfer: int, payload: bytes) -> None:
+    def _tell(peer: Peer, kind: FrameType, transfer: int, payload: bytes) -> None:
         channel = peer.channel
         if channel is not None:
             channel.post(kind, transfer, [payload])
 
-    def lost(self, peer: _Peer, channel: Channel, error: PrfaasError) -> None:
-        """End the whole bundle of a lost channel and fail its transfers; the next grant dials again."""
+    def lost(self, peer: Peer, channel: Channel, error: PrfaasError) -> None:
+        """End the whole bundle of a lost channel (see channel.Handler).
+
+        Its transfers are resumed on a new one when the connection broke, and fail when the peer broke the
+        protocol.
+        """
         self._telemetry.connected(-1)
+        now_s = time.monotonic()
+        broke = isinstance(error, ConnectionLost) and not self._closed
         with self._lock:
+            if peer.resume_until_s is not None and now_s > peer.resume_until_s:
+                broke = False
             peer.channels.remove(channel)
             control = peer.channel
             first = control is not None and control.bundle is channel.bundle
+            others = [c for c in peer.channels if c.bundle is channel.bundle]
+            items = [item for item in peer.imports.values() if item.granted] if first else []
             if first:
                 peer.channel = None
-            others = [c for c in peer.channels if c.bundle is channel.bundle]
-            items = list(peer.imports.values()) if first else []
+                peer.breaks += 1
+                if broke and items and peer.resume_until_s is None:
+                    peer.resume_until_s = now_s + RESUME_S
+            if peer.imports:
+                self._peer(peer.address)  # dials once every reader has ended
         if not first:
             return
         channel.bundle.close()
@@ -423,20 +426,18 @@ class Importer:
             logger.warning(
                 "prefill_worker_lost worker=%s transfers=%d reason=%s", channel.peer.worker, len(items), error
             )
-        self._fail_all(peer, items, f"connection to prefill worker lost: {error}")
+        if not broke:
+            self._fail_all(peer, items, f"connection to prefill worker lost: {error}")
 
-    def _fail_all(self, peer: _Peer, items: list[Import], reason: str) -> None:
+    def _fail_all(self, peer: Peer, items: list[Import], reason: str) -> None:
         for item in items:
             if self._end(peer, item, "failed", reason):
                 self._on_failed(item.room, reason)
 
-    def _end(self, peer: _Peer, item: Import, outcome: str, reason: str) -> bool:
+    def _end(self, peer: Peer, item: Import, outcome: str, reason: str) -> bool:
         """End a transfer once; True for the call that did."""
-        with item.lock:
-            if not item.alive:
-                return False
-            item.alive = False
-            item.lock.wait_for(lambda: not item.writing)
+        if not item.end():
+            return False
         with self._lock:
             peer.imports.pop(item.transfer, None)
             if self._by_room.get(item.room, (None, None))[1] is item:
@@ -461,7 +462,7 @@ class _PeerHandler:
     """Frames of one prefill worker's channel, bound to that peer."""
 
     importer: Importer
-    peer: _Peer
+    peer: Peer
 
     def frame(self, channel: Channel, header: Header) -> None:
         self.importer.frame(self.peer, channel, header)

@@ -18,12 +18,14 @@ class TcpInfo:
         srtt_s, min_rtt_s: smoothed and least round trip, seconds.
         delivered_bytes: payload that arrived, as acknowledgements tell, selective ones included (in whole
             segments; unlike the cumulative count it does not stand still while a loss is repaired).
+        unacknowledged: segments on their way.
         sent_bytes, retransmitted_bytes: payload put on the wire so far, the second part of the first.
     """
 
     srtt_s: float
     min_rtt_s: float
     delivered_bytes: int
+    unacknowledged: int
     sent_bytes: int
     retransmitted_bytes: int
 
@@ -37,6 +39,7 @@ def read_tcp_info(sock: socket.socket) -> TcpInfo:
         srtt_s=f[8 + 15] / 1e6,
         min_rtt_s=f[36 + 3] / 1e6,
         delivered_bytes=f[46] * f[8 + 2],
+        unacknowledged=f[8 + 4],
         sent_bytes=f[48],
         retransmitted_bytes=f[48 + 1],
     )

@@ -149,6 +149,11 @@ class Telemetry:
             links,
             registry=self.registry,
         )
+        self._resumed = Counter(
+            "prfaas_transfer_resumed_total",
+            "Transfers that went on over a new connection after theirs had broken.",
+            registry=self.registry,
+        )
         self._links: dict[str, dict[str, LinkSample]] = {}
         self._refused = Counter(
             "prfaas_transfer_refused_peers_total",
@@ -229,6 +234,10 @@ class Telemetry:
     def connected(self, change: int) -> None:
         """Count an opened (+1) or ended (-1) connection."""
         self._peers.inc(change)
+
+    def resumed(self) -> None:
+        """Count a transfer that went on after its connection had broken."""
+        self._resumed.inc()
 
     def refused(self, reason: str) -> None:
         """Count a connection closed for a protocol or layout violation."""

@@ -17,7 +17,7 @@ import xxhash
 from cache_service.core.errors import TransferError
 from prfaas_sglang.core.framing import HEADER_BYTES, FrameType, Grant, Header, decode_header, encode_header
 from prfaas_sglang.core.layout import Hello, encode_hello, to_json
-from prfaas_sglang.transfer import telemetry
+from prfaas_sglang.transfer import importer, telemetry
 from prfaas_sglang.transfer.channel import Identity
 from prfaas_sglang.transfer.importer import Importer
 from prfaas_sglang.transfer.telemetry import Telemetry
@@ -153,6 +153,7 @@ class Middlebox:
         self.address = ("127.0.0.1", self._server.getsockname()[1])
         self.flip_at: int | None = None  # offset in the stream prefill -> decode
         self.cut_at: int | None = None
+        self.cuts = 0  # connections still to be cut there
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -171,7 +172,8 @@ class Middlebox:
             while data := bytearray(source.recv(4096)):
                 if watched and self.flip_at is not None and offset <= self.flip_at < offset + len(data):
                     data[self.flip_at - offset] ^= 0x40
-                if watched and self.cut_at is not None and offset + len(data) > self.cut_at:
+                if watched and self.cut_at is not None and self.cuts and offset + len(data) > self.cut_at:
+                    self.cuts -= 1
                     break
                 sink.sendall(data)
                 offset += len(data)
@@ -206,19 +208,57 @@ def test_a_corrupted_row_byte_fails_only_its_transfer(pair: Pair, box: Middlebox
     assert_moved(pair, [[6], [2], [2]], [[5], [1], [1]])
 
 
-def test_a_cut_connection_fails_its_rooms_and_the_next_one_dials_again(pair: Pair, box: Middlebox) -> None:
-    """A reset mid-transfer fails both sides at once; a new request reconnects."""
-    box.cut_at = 60_000
+@pytest.mark.parametrize("staged", [True, False])
+def test_cut_connections_are_made_good_on_new_ones(staged: bool) -> None:
+    """Reset three times in the middle of two transfers: what is missing is sent again, every row is exact."""
+    with closing(Pair(staging_bytes=32 << 20 if staged else 0)) as pair:
+        with closing(Middlebox(pair.address)) as box:
+            pair.address = box.address
+            box.cut_at, box.cuts = 150_000, 3
+            for room in (1, 2):
+                pair.begin(room, list(range(room * 200, room * 200 + 100)), state=room, aux=room)
+            for room in (1, 2):
+                pair.prefill.wait(room, "grant")
+                assert pair.exporter.open(room, 100)
+                pair.exporter.send(room, list(range(60 * room, 60 * room + 50)))
+                pair.exporter.send(
+                    room, list(range(60 * room + 50, 60 * room + 100)), states=[[5]], aux_row=6, last=True
+                )
+            for room in (1, 2):
+                pair.decode.wait(room, "done")
+                source = [list(range(60 * room, 60 * room + 100)), [5], [6]]
+                assert_moved(pair, source, [list(range(room * 200, room * 200 + 100)), [room], [room]])
+                pair.prefill.wait(room, "done")
+            assert box.cuts == 0
+        resumed = pair.prefill.telemetry.registry.get_sample_value("prfaas_transfer_resumed_total")
+        assert resumed is not None
+        assert resumed >= 3
+
+
+def test_a_path_that_breaks_every_connection_is_given_up(
+    pair: Pair, box: Middlebox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing ever arrives: the transfer fails with the reason; a later one over a sound path is served."""
+    monkeypatch.setattr(importer, "RESUME_S", 0.5)
+    box.cut_at, box.cuts = 10_000, 1000
     pair.begin(1, list(range(40)), state=0, aux=0)
     pair.prefill.wait(1, "grant")
     pair.exporter.send(1, list(range(40)), states=[[0]], aux_row=0, last=True)
     assert "lost" in pair.decode.wait(1, "failed")
-    assert "lost" in pair.prefill.wait(1, "failed")
-    box.cut_at = None
+    box.cuts = 0
     pair.begin(2, [5], state=1, aux=1)
     pair.prefill.wait(2, "grant")
     pair.exporter.send(2, [6], states=[[2]], aux_row=2, last=True)
     pair.decode.wait(2, "done")
+    assert_moved(pair, [[6], [2], [2]], [[5], [1], [1]])
+
+
+def test_a_worker_that_is_gone_fails_its_transfers_at_once(pair: Pair) -> None:
+    """Nobody listens any more: no time is lost waiting for it."""
+    pair.begin(1, list(range(40)), state=0, aux=0)
+    pair.prefill.wait(1, "grant")
+    pair.exporter.close()
+    assert "cannot reach prefill worker" in pair.decode.wait(1, "failed")
 
 
 @pytest.mark.parametrize(

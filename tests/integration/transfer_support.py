@@ -7,7 +7,7 @@ import threading
 
 from prfaas_sglang.core.layout import Component, Layout
 from prfaas_sglang.transfer.channel import Identity
-from prfaas_sglang.transfer.exporter import Exporter
+from prfaas_sglang.transfer.exporter import PARK_S, Exporter
 from prfaas_sglang.transfer.importer import Importer
 from prfaas_sglang.transfer.memory import RowMemory
 from prfaas_sglang.transfer.telemetry import Telemetry, TransferRecord
@@ -87,6 +87,7 @@ class Pair:
         decode_tls: Tls | None = None,
         staging_bytes: int = 0,
         hold_s: float = 60.0,
+        park_s: float = PARK_S,
     ) -> None:
         self.prefill, self.decode = Side(1), Side(2)
         self.exporter = Exporter(
@@ -99,6 +100,7 @@ class Pair:
             frame_bytes=64 << 10,
             staging_bytes=staging_bytes,
             hold_s=hold_s,
+            park_s=park_s,
             tls=prefill_tls,
         )
         self.importer = Importer(
