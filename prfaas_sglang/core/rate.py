@@ -9,6 +9,10 @@ goodput (measured: docs/adr/0008). This controller finds that cap and follows it
     CRUISE   cap = goodput * HEADROOM; probes upward, faster each time a probe pays
     DRAIN    cap well under goodput until round trips are short again
 
+Round trips may be long for other reasons than a queue of ours: another route, acknowledgements held back on a
+slow link, somebody else's traffic. Then slowing down does not shorten them; after a few futile steps the
+length is taken for the path's own, until they are shorter again.
+
 Loss alone does not slow it down: on a lossy path the kernel's model decides; a queue shows in round trips.
 """
 
@@ -71,6 +75,10 @@ REACH = 1.5
 #: Round trips after an idle spell until acknowledgements come at the sending rate.
 FILL_RTTS = 1.5
 FLOOR_BYTES_PER_S = 128 << 10
+#: A step of DRAIN was futile when the smoothed round trip fell by less than this part.
+RELIEF = 0.1
+#: Futile steps in a row until the round trip is taken for the path's own.
+FUTILE_STEPS = 3
 
 
 @dataclass(slots=True)
@@ -87,6 +95,10 @@ class RateController:
     _queued_since_s: float | None = None
     _full_bytes_per_s: float = 0.0
     _drain_until_s: float = 0.0
+    _drained_from_s: float = 0.0  # smoothed round trip at the last step
+    _before_drain_bytes_per_s: float = 0.0
+    _futile: int = 0
+    _path_rtt_s: float = 0.0  # round trip without a queue of ours, 0 while that is the least one
 
     def update(self, sample: Sample) -> float | None:
         """Take a sample; return the cap in bytes per second, None for no cap."""
@@ -115,8 +127,9 @@ class RateController:
             history.clear()
             self._filling_until_s = None
             return self.cap_bytes_per_s
-        queue_s = sample.srtt_s - sample.min_rtt_s
-        queued = queue_s > max(MIN_QUEUE_S, QUEUE_RATIO * sample.min_rtt_s)
+        self._path_rtt_s = min(self._path_rtt_s, sample.srtt_s)
+        path_rtt_s = max(self._path_rtt_s, sample.min_rtt_s)
+        queued = sample.srtt_s - path_rtt_s > max(MIN_QUEUE_S, QUEUE_RATIO * path_rtt_s)
         match self.phase:
             case Phase.OPEN:
                 self._open(sample, queued, window)
@@ -162,10 +175,16 @@ class RateController:
         if queued:
             # still standing: what comes back now is all that the link gives
             self._full_bytes_per_s = self.goodput_bytes_per_s
-            deep = sample.srtt_s > 2 * sample.min_rtt_s
-            self._set_cap((DEEP_DRAIN_RATIO if deep else DRAIN_RATIO) * self._full_bytes_per_s)
-            self._drain_until_s = sample.now_s + window
-            return
+            relieved = sample.srtt_s < (1 - RELIEF) * self._drained_from_s
+            self._futile = 0 if relieved else self._futile + 1
+            self._drained_from_s = sample.srtt_s
+            if self._futile < FUTILE_STEPS:
+                deep = sample.srtt_s > 2 * sample.min_rtt_s
+                self._set_cap((DEEP_DRAIN_RATIO if deep else DRAIN_RATIO) * self._full_bytes_per_s)
+                self._drain_until_s = sample.now_s + max(window, sample.srtt_s)
+                return
+            self._path_rtt_s = sample.srtt_s
+            self._full_bytes_per_s = self._before_drain_bytes_per_s
         self.phase = Phase.CRUISE
         self._set_cap(self._full_bytes_per_s * HEADROOM)
         self._step = PROBE
@@ -173,7 +192,8 @@ class RateController:
 
     def _start_drain(self, sample: Sample, window: float) -> None:
         self.phase = Phase.DRAIN
-        self._full_bytes_per_s = self.goodput_bytes_per_s
+        self._full_bytes_per_s = self._before_drain_bytes_per_s = self.goodput_bytes_per_s
+        self._drained_from_s, self._futile = sample.srtt_s, 0
         self._set_cap(DRAIN_RATIO * self.goodput_bytes_per_s)
         self._drain_until_s = sample.now_s + window
 

@@ -217,12 +217,19 @@ class Channel:
         self._over.set()
         self._handler.lost(self, self._error or ConnectionLost("ended"))
 
+    def _delivered_bytes(self) -> int:
+        info = self.wire.tcp_info()
+        return 0 if info is None else info.delivered_bytes
+
     def _read_frames(self) -> None:
-        missed = 0
+        missed = acknowledged = 0
         while True:
             header = self.wire.read_header(PING_S)
             if header is None:
-                missed += 1
+                delivered = self._delivered_bytes()
+                # a peer that acknowledges lives; its answer may stand behind a long frame on a slow link
+                missed = 0 if delivered > acknowledged else missed + 1
+                acknowledged = delivered
                 if missed >= MISSED:
                     raise ConnectionLost(f"peer silent for {PING_S * MISSED:.0f} s")
                 self.post(FrameType.PING, 0)

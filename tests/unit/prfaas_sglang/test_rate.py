@@ -12,6 +12,7 @@ from prfaas_sglang.core.rate import RateController, Sample
 MBIT = 125_000.0
 STEP_S = 0.002
 SAMPLE_S = 0.02
+CONNECTIONS, SEGMENT = 4, 1448
 
 
 @dataclass
@@ -19,12 +20,13 @@ class Link:
     """A bottleneck with a queue, and kernel connections that keep `gain` times the pipe in flight.
 
     Without a cap the kernels push until in-flight data reaches gain * bandwidth-delay product, as several bbr
-    connections do together; a cap bounds what leaves.
+    connections do together; a cap bounds what leaves. `extra_s`(time, cap) is added to round trips.
     """
 
     rate: Callable[[float], float]
     rtt_s: float
     gain: float = 2.0
+    extra_s: Callable[[float, float | None], float] = lambda now, cap: 0.0
     queue_bytes: float = 0.0
     acked: float = 0.0
     now_s: float = 0.0
@@ -43,8 +45,10 @@ class Link:
         self.pipe.append(served)
         if len(self.pipe) > self.rtt_s / STEP_S:
             self.acked += self.pipe.pop(0)
-        rtt = self.rtt_s + self.queue_bytes / max(capacity, 1.0)
-        self.srtt_s += (rtt - self.srtt_s) * min(1.0, STEP_S / (self.rtt_s / 2)) if self.srtt_s else rtt
+        rtt = self.rtt_s + self.extra_s(self.now_s, cap) + self.queue_bytes / max(capacity, 1.0)
+        # an eighth of each acknowledgement's, but not faster than within half a round trip
+        share = min(1.0, STEP_S / (self.rtt_s / 2), served / SEGMENT / CONNECTIONS / 8)
+        self.srtt_s += (rtt - self.srtt_s) * share if self.srtt_s else rtt
         self.now_s += STEP_S
 
 
@@ -123,3 +127,30 @@ def test_no_sample_gives_a_cap_of_nothing() -> None:
     for i in range(200):
         cap = controller.update(Sample(i * SAMPLE_S, min(i, 50) * 100_000, 0.2, 0.04, True))
     assert cap is None or cap >= 128 << 10
+
+
+def test_a_longer_path_is_not_taken_for_a_queue() -> None:
+    """From 4 s on round trips take 50 ms instead of 10, as after a change of route; the least one stays."""
+    link = Link(lambda now: 200 * MBIT, 0.01, extra_s=lambda now, cap: 0.04 if now >= 4 else 0.0)
+    run = simulate(link, 12)
+    assert run.goodput(9, 12 - 2 * SAMPLE_S) >= 0.8 * 200 * MBIT
+
+
+@pytest.mark.parametrize("mbit", [4, 8])
+def test_delayed_acknowledgements_of_a_slow_link_are_not_a_queue(mbit: int) -> None:
+    """200 Mbit/s, much less from 4 s to 8 s: the link is used then, and at full rate again 5 s after.
+
+    A receiver that gets less than two segments in 40 ms, of each of four connections, holds its
+    acknowledgement back for as long.
+    """
+
+    def rate(now: float) -> float:
+        return (mbit if 4 <= now < 8 else 200) * MBIT
+
+    def held_back(now: float, cap: float | None) -> float:
+        through = min(rate(now), cap or rate(now)) / CONNECTIONS
+        return 0.04 if through < 2 * SEGMENT / 0.04 else 0.0
+
+    run = simulate(Link(rate, 0.004, gain=6, extra_s=held_back), 18)
+    assert run.goodput(5, 8) >= 0.7 * mbit * MBIT
+    assert run.goodput(13, 18 - 2 * SAMPLE_S) >= 0.8 * 200 * MBIT
