@@ -1,0 +1,235 @@
+"""What the fault tests stand on: one link, both sites, a pair of workers per model, and the right answers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.wan.sites import ROOT, START_TIMEOUT_S, Answer, Pair, Site, Worker, until
+from tests.wan.link import Wan
+from tests.wan.settings import Direction
+
+#: Between faults: fast, so that only the test's own transfer takes time.
+NORMAL = Direction(rate_bps=200e6, delay_s=0.002, queue_bytes=1e6)
+#: Under a fault: a prompt of LONG tokens takes about 3 s.
+SLOW_BPS = 4e6
+LONG, SHORT = 1500, 150
+NEW_TOKENS = 8
+#: Least distance, in nats, of the two best tokens. Another order of adding moves a logit by some 1e-5.
+MIN_MARGIN = 1e-2
+CONNECTIONS = 4
+#: Seconds in which a failed request must have said so: 15 s of silence find a dead peer, and some grace.
+DEADLINE_S = 22.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt and what a single stock server continues it with, greedily."""
+
+    prompt: list[int]
+    output: list[int]
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """Right answers for one model: `long` prompts that share nothing, and a `short` one."""
+
+    long: list[Case]
+    short: Case
+
+
+def build_models(folder: Path, families: tuple[str, ...]) -> subprocess.Popen[bytes]:
+    """Start building the tiny checkpoints in a process of their own; `FAMILY.built` says that one is there."""
+    code = (
+        "import sys, pathlib; from prfaas_sglang.cpu import models; root = pathlib.Path(sys.argv[1])\n"
+        "for f in sys.argv[2:]: models.build(f, root / f); (root / (f + '.built')).touch()"
+    )
+    with (folder / "models.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", code, str(folder), *families], cwd=ROOT, stdout=log, stderr=log
+        )
+
+
+class Bench:
+    """Both sites and what runs there. Workers are started when first asked for and again when they died."""
+
+    def __init__(self, wan: Wan, a: Site, b: Site, models: Path) -> None:
+        self.wan, self.a, self.b, self.models = wan, a, b, models
+        self._pairs: dict[str, Pair] = {}
+        self._oracles: dict[str, Oracle] = {}
+
+    def model(self, family: str) -> Path:
+        """Return the checkpoint's folder; waits until it is built."""
+        until(f"model {family}", (self.models / f"{family}.built").exists, 60)
+        return self.models / family
+
+    def pair(self, family: str) -> Pair:
+        """Return a running pair; what died is started again, prefill at its old address."""
+        old = self._pairs.get(family)
+        if old and old.prefill.alive and old.decode.alive:
+            return old
+        workers: list[Worker] = []
+        for site, mode, now in ((self.a, "prefill", old and old.prefill), (self.b, "decode", old and old.decode)):
+            if now and now.alive:
+                workers.append(now)
+                continue
+            flags = {"bootstrap_port": now.bootstrap_port} if now else {}
+            workers.append(site.serve(self.model(family), mode, **flags))
+        for worker in workers:
+            worker.wait_healthy()
+        self._pairs[family] = Pair(workers[0], workers[1])
+        return self._pairs[family]
+
+    def oracle(self, family: str) -> Oracle:
+        """Return the right answers, from a stock server that lives only for this."""
+        if family not in self._oracles:
+            stock = self.a.serve(self.model(family), "null")
+            stock.wait_healthy()
+            try:
+                ids = self._ids(family)
+                long = [_ask_stock(stock, ids[at : at + LONG]) for at in range(0, 6 * LONG, LONG)]
+                short = [_ask_stock(stock, ids[-at - SHORT : -at]) for at in (1, 500, 1000)]
+            finally:
+                stock.kill()
+            good = [case for case in long if case]
+            assert len(good) >= 3, f"{family}: too many near-ties"
+            self._oracles[family] = Oracle(good, next(case for case in short if case))
+        return self._oracles[family]
+
+    def _ids(self, family: str) -> list[int]:
+        from tokenizers import Tokenizer
+
+        from prfaas_sglang.cpu.models import corpus
+
+        tokenizer = Tokenizer.from_file(str(self.model(family) / "tokenizer.json"))
+        ids: list[int] = tokenizer.encode("".join(corpus(1500))).ids
+        assert len(ids) >= 6 * LONG
+        return ids
+
+
+def _ask_stock(stock: Worker, prompt: list[int]) -> Case | None:
+    """Return the case, None when a token was nearly another one."""
+    answer: dict[str, Any] = stock.request(
+        "POST",
+        "/generate",
+        {
+            "input_ids": prompt,
+            "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True},
+            "return_logprob": True,
+            "top_logprobs_num": 2,
+        },
+    )
+    tops = answer["meta_info"]["output_top_logprobs"]
+    if min(first[0] - second[0] for first, second in tops) < MIN_MARGIN:
+        return None
+    return Case(prompt, answer["output_ids"])
+
+
+@dataclass
+class Trial:
+    """One fault on one pair: see `Bench` and `trial`."""
+
+    bench: Bench
+    pair: Pair
+    oracle: Oracle
+
+    @property
+    def wan(self) -> Wan:
+        return self.bench.wan
+
+    @cached_property
+    def case(self) -> Case:
+        """The long prompt that the fault hits."""
+        return self.oracle.long[0]
+
+    def slow(self, rate_bps: float = SLOW_BPS, **values: float) -> None:
+        """Make the link slow enough for a fault to hit a transfer."""
+        self.wan.set("both", rate_bps=rate_bps, **values)
+
+    def underway(self, moved_bytes: int = 300_000, **send: Any) -> Any:
+        """Send the long prompt; return its future once `moved_bytes` have come out of the link."""
+        start = self.wan.stats().a2b.out_bytes
+        future = self.pair.send(self.case.prompt, **send)
+        until("KV on the link", lambda: self.wan.stats().a2b.out_bytes - start > moved_bytes)
+        assert not future.done(), future.result()
+        return future
+
+    def exact(self, answer: Answer, case: Case | None = None) -> None:
+        """Assert that an answer is the stock server's."""
+        case = case or self.case
+        assert answer.output == case.output, f"{answer.text[:600]}\n{self.pair.decode.log_tail(8)}"
+
+    def failed(self, answer: Answer, *accepted: str, within_s: float = DEADLINE_S) -> None:
+        """Assert that an answer is an error that says one of `accepted`, in time."""
+        answer.error(*accepted)
+        assert answer.seconds < within_s, answer
+
+
+def connect(pair: Pair, oracle: Oracle) -> None:
+    """Run a short request and wait until all connections of the bundle are there."""
+    answer = pair.ask(oracle.short.prompt)
+    assert answer.output == oracle.short.output, answer.text[:600]
+    line = f"prfaas_transfer_connections_count {CONNECTIONS}.0"
+    until("all connections", lambda: line in pair.decode.telemetry("/metrics"))
+
+
+def settled(pair: Pair) -> bool:
+    """Whether neither worker holds anything for a request."""
+    return not any(value for held in pair.holdings() for value in held["used"].values())
+
+
+def difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
+    """Say what differs, '' when nothing does."""
+    return "; ".join(
+        f"{side}.{key}: {old[key]} -> {new[key]}"
+        for side, old, new in zip(("prefill", "decode"), before, now, strict=True)
+        for key in old
+        if old[key] != new[key]
+    )
+
+
+@contextlib.contextmanager
+def trial(bench: Bench, family: str) -> Iterator[Trial]:
+    """Around a fault: connected and counted before; whole, exact and nothing leaked afterwards.
+
+    A worker that the test killed is started again, and what the dead one held does not count.
+    """
+    bench.wan.set("both", **asdict(NORMAL))
+    oracle, pair = bench.oracle(family), bench.pair(family)
+    connect(pair, oracle)
+    until("idle before the fault", lambda: settled(pair))
+    before = pair.holdings()
+    this = Trial(bench, pair, oracle)
+    try:
+        yield this
+    finally:
+        bench.wan.set("both", **asdict(NORMAL))
+    again = bench.pair(family)
+    assert all(worker.alive for worker in again.workers)
+    try:
+        until("nothing held by requests after the fault", lambda: settled(again))
+    except pytest.fail.Exception:
+        pytest.fail(f"held after the fault: {json.dumps([h['used'] for h in again.holdings()])}")
+    connect(again, oracle)
+    for case in oracle.long[1:2]:
+        this.exact(again.ask(case.prompt), case)
+    same = [new if new in pair.workers else None for new in again.workers]
+    kept = [i for i, worker in enumerate(same) if worker]
+    try:
+        until(
+            "as before",
+            lambda: not difference([before[i] for i in kept], [again.holdings()[i] for i in kept]),
+        )
+    except pytest.fail.Exception:
+        pytest.fail("leaked: " + difference([before[i] for i in kept], [again.holdings()[i] for i in kept]))
+
+
