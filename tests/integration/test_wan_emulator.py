@@ -7,6 +7,7 @@ the other direction (faster than the link, earlier than the delay) is never excu
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -153,6 +154,39 @@ def test_one_way_partition(wan: MakeWan) -> None:
     assert stats.a2b.down_dropped == 0
     assert stats.a2b.out_segments > 0
     assert stats.b2a.down_dropped > 0
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_one_port_is_dropped_and_others_pass(wan: MakeWan, version: int) -> None:
+    """Datagrams to the port are lost, those to another arrive; a connection whose near end has it stalls."""
+    link = wan("metro", options={"ipv6": True})
+    family = socket.AF_INET if version == 4 else socket.AF_INET6
+    with link.entered("b"):
+        sinks = [socket.socket(family, socket.SOCK_DGRAM) for _ in range(2)]
+        listener = socket.create_server((link.address("b", version), 0), family=family)
+    with link.entered("a"):
+        source = socket.socket(family, socket.SOCK_DGRAM)
+        near = socket.create_connection(listener.getsockname()[:2], WAIT_S)
+    far, _ = listener.accept()
+    with contextlib.ExitStack() as stack:
+        for end in (*sinks, listener, source, near, far):
+            stack.enter_context(end)
+            end.settimeout(WAIT_S)
+        for sink in sinks:
+            sink.bind((link.address("b", version), 0))
+        link.set("a2b", drop_port=sinks[0].getsockname()[1])
+        for sink in sinks:
+            source.sendto(b"hello", sink.getsockname())
+        assert sinks[1].recv(9) == b"hello"  # sent last: the first has been dropped
+        assert link.stats().a2b.port_dropped == 1
+        link.set("a2b", drop_port=near.getsockname()[1])
+        near.sendall(b"late")
+        until(lambda: link.stats().a2b.port_dropped >= 2)
+        link.set("a2b", drop_port=0)
+        assert far.recv(9) == b"late"
+        sinks[0].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            sinks[0].recv(9)
 
 
 def test_rate_changes_while_packets_flow(wan: MakeWan) -> None:

@@ -59,6 +59,7 @@ class DirectionStats:
     lost: int  #: by the loss setting
     queue_dropped: int  #: congestion
     down_dropped: int
+    port_dropped: int  #: by drop_port
     corrupted: int
     overrun: int  #: too much in flight for the emulator; must be 0
     write_errors: int  #: must be 0

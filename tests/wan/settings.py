@@ -30,6 +30,7 @@ class Direction:
     corrupt: float = 0.0  #: probability that a segment has one bit of payload flipped, unseen by TCP
     queue_bytes: float = 2.5e6  #: drop-tail queue before the bottleneck
     up: bool = True  #: False: everything is dropped, packets in flight too
+    drop_port: float = 0.0  #: packets from or to this TCP or UDP port are dropped as they come; 0 = none
     outage_every_s: float = 0.0  #: period of outages; 0 = none
     outage_s: float = 0.0  #: the last part of each period, in which the link is down
     lump_s: float = 250e-6  #: serialisation time that may arrive in one piece
@@ -61,6 +62,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "corrupt": (0, 1),
     "queue_bytes": (0, 1e9),
     "up": (0, 1),
+    "drop_port": (0, 65535),
     "outage_every_s": (0, 1e6),
     "outage_s": (0, 1e6),
     "lump_s": (0, 1),

@@ -25,7 +25,7 @@ SLOW_BPS = 4e6
 LONG, SHORT = 1500, 150
 NEW_TOKENS = 8
 #: Least distance, in nats, of the two best tokens. Another order of adding moves a logit by some 1e-5.
-MIN_MARGIN = 1e-2
+MIN_MARGIN = 1e-3
 CONNECTIONS = 4
 #: Seconds in which a failed request must have said so: 15 s of silence find a dead peer, and some grace.
 DEADLINE_S = 22.0
