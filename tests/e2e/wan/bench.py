@@ -8,21 +8,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.wan.sites import ROOT, START_TIMEOUT_S, Answer, Pair, Site, Worker, until
+from tests.e2e.wan.sites import ROOT, Answer, Pair, Site, Worker, until
 from tests.wan.link import Wan
 from tests.wan.settings import Direction
 
-#: Between faults: fast, so that only the test's own transfer takes time.
-NORMAL = Direction(rate_bps=200e6, delay_s=0.002, queue_bytes=1e6)
-#: Under a fault: a prompt of LONG tokens takes about 3 s.
-SLOW_BPS = 4e6
-LONG, SHORT = 1500, 150
+#: One bandwidth-delay product of queue. A prompt of LONG tokens takes about 2 s, so that a fault can hit it.
+NORMAL = Direction(rate_bps=16e6, delay_s=0.02, queue_bytes=80e3)
+LONG, MEDIUM, SHORT = 3000, 600, 150
 NEW_TOKENS = 8
 #: Least distance, in nats, of the two best tokens. Another order of adding moves a logit by some 1e-5.
 MIN_MARGIN = 1e-3
@@ -41,9 +38,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Oracle:
-    """Right answers for one model: `long` prompts that share nothing, and a `short` one."""
+    """Right answers for one model, for prompts that share nothing."""
 
-    long: list[Case]
+    long: Case
+    medium: list[Case]
     short: Case
 
 
@@ -78,7 +76,10 @@ class Bench:
         if old and old.prefill.alive and old.decode.alive:
             return old
         workers: list[Worker] = []
-        for site, mode, now in ((self.a, "prefill", old and old.prefill), (self.b, "decode", old and old.decode)):
+        for site, mode, now in (
+            (self.a, "prefill", old and old.prefill),
+            (self.b, "decode", old and old.decode),
+        ):
             if now and now.alive:
                 workers.append(now)
                 continue
@@ -95,15 +96,23 @@ class Bench:
             stock = self.a.serve(self.model(family), "null")
             stock.wait_healthy()
             try:
-                ids = self._ids(family)
-                long = [_ask_stock(stock, ids[at : at + LONG]) for at in range(0, 6 * LONG, LONG)]
-                short = [_ask_stock(stock, ids[-at - SHORT : -at]) for at in (1, 500, 1000)]
+                self._oracles[family] = self._ask_all(stock, self._ids(family))
             finally:
                 stock.kill()
-            good = [case for case in long if case]
-            assert len(good) >= 3, f"{family}: too many near-ties"
-            self._oracles[family] = Oracle(good, next(case for case in short if case))
         return self._oracles[family]
+
+    def _ask_all(self, stock: Worker, ids: list[int]) -> Oracle:
+        def good(length: int, wanted: int) -> list[Case]:
+            cases: list[Case] = []
+            while len(cases) < wanted:
+                assert len(ids) >= length, "too many near-ties"
+                case = _ask_stock(stock, ids[:length])
+                del ids[:length]
+                if case:
+                    cases.append(case)
+            return cases
+
+        return Oracle(good(LONG, 1)[0], good(MEDIUM, 4), good(SHORT, 1)[0])
 
     def _ids(self, family: str) -> list[int]:
         from tokenizers import Tokenizer
@@ -112,7 +121,6 @@ class Bench:
 
         tokenizer = Tokenizer.from_file(str(self.model(family) / "tokenizer.json"))
         ids: list[int] = tokenizer.encode("".join(corpus(1500))).ids
-        assert len(ids) >= 6 * LONG
         return ids
 
 
@@ -139,6 +147,7 @@ class Trial:
     """One fault on one pair: see `Bench` and `trial`."""
 
     bench: Bench
+    family: str
     pair: Pair
     oracle: Oracle
 
@@ -146,14 +155,10 @@ class Trial:
     def wan(self) -> Wan:
         return self.bench.wan
 
-    @cached_property
+    @property
     def case(self) -> Case:
         """The long prompt that the fault hits."""
-        return self.oracle.long[0]
-
-    def slow(self, rate_bps: float = SLOW_BPS, **values: float) -> None:
-        """Make the link slow enough for a fault to hit a transfer."""
-        self.wan.set("both", rate_bps=rate_bps, **values)
+        return self.oracle.long
 
     def underway(self, moved_bytes: int = 300_000, **send: Any) -> Any:
         """Send the long prompt; return its future once `moved_bytes` have come out of the link."""
@@ -162,6 +167,10 @@ class Trial:
         until("KV on the link", lambda: self.wan.stats().a2b.out_bytes - start > moved_bytes)
         assert not future.done(), future.result()
         return future
+
+    def idle(self, within_s: float) -> None:
+        """Wait until neither worker holds anything for a request."""
+        _await_settled(self.pair, within_s)
 
     def exact(self, answer: Answer, case: Case | None = None) -> None:
         """Assert that an answer is the stock server's."""
@@ -187,11 +196,18 @@ def settled(pair: Pair) -> bool:
     return not any(value for held in pair.holdings() for value in held["used"].values())
 
 
+def _await_settled(pair: Pair, within_s: float) -> None:
+    try:
+        until("nothing held by requests", lambda: settled(pair), within_s)
+    except pytest.fail.Exception as error:
+        pytest.fail(f"{error}: {json.dumps([held['used'] for held in pair.holdings()])}")
+
+
 def difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
     """Say what differs, '' when nothing does."""
     return "; ".join(
-        f"{side}.{key}: {old[key]} -> {new[key]}"
-        for side, old, new in zip(("prefill", "decode"), before, now, strict=True)
+        f"{old['worker']}.{key}: {old[key]} -> {new[key]}"
+        for old, new in zip(before, now, strict=True)
         for key in old
         if old[key] != new[key]
     )
@@ -208,28 +224,31 @@ def trial(bench: Bench, family: str) -> Iterator[Trial]:
     connect(pair, oracle)
     until("idle before the fault", lambda: settled(pair))
     before = pair.holdings()
-    this = Trial(bench, pair, oracle)
+    this = Trial(bench, family, pair, oracle)
     try:
         yield this
-    finally:
         bench.wan.set("both", **asdict(NORMAL))
-    again = bench.pair(family)
+        _whole(this, before)
+    except BaseException:
+        for worker in bench.pair(family).workers:
+            worker.kill()  # the next test starts with new ones
+        raise
+
+
+def _whole(this: Trial, before: list[dict[str, Any]]) -> None:
+    """Assert what `trial` promises of the time after the fault."""
+    again = this.bench.pair(this.family)
     assert all(worker.alive for worker in again.workers)
-    try:
-        until("nothing held by requests after the fault", lambda: settled(again))
-    except pytest.fail.Exception:
-        pytest.fail(f"held after the fault: {json.dumps([h['used'] for h in again.holdings()])}")
-    connect(again, oracle)
-    for case in oracle.long[1:2]:
-        this.exact(again.ask(case.prompt), case)
-    same = [new if new in pair.workers else None for new in again.workers]
-    kept = [i for i, worker in enumerate(same) if worker]
-    try:
-        until(
-            "as before",
-            lambda: not difference([before[i] for i in kept], [again.holdings()[i] for i in kept]),
-        )
-    except pytest.fail.Exception:
-        pytest.fail("leaked: " + difference([before[i] for i in kept], [again.holdings()[i] for i in kept]))
+    _await_settled(again, 20)
+    connect(again, this.oracle)
+    this.exact(again.ask(this.oracle.medium[0].prompt), this.oracle.medium[0])
+    kept = [i for i in (0, 1) if again.workers[i] is this.pair.workers[i]]
 
+    def leaked() -> str:
+        now = again.holdings()
+        return difference([before[i] for i in kept], [now[i] for i in kept])
 
+    try:
+        until("as before", lambda: not leaked())
+    except pytest.fail.Exception:
+        pytest.fail(f"leaked: {leaked()}")

@@ -32,7 +32,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         building.wait()
 
 
-@pytest.fixture()
+@pytest.fixture
 def attempt(bench: Bench) -> Try:
     """attempt("gdn"): a context around one fault (see bench.trial)."""
     return lambda family: trial(bench, family)

@@ -100,7 +100,8 @@ class Worker:
                 text = b"".join(iter(lambda: probe.recv(65536), b""))
             answer: dict[str, Any] = json.loads(text)
             if "again" not in answer:
-                return answer
+                server = Path(f"/proc/{self.pid}/fd")
+                return {"worker": self.mode, **answer, "server_files": len(list(server.iterdir()))}
 
     @property
     def alive(self) -> bool:
@@ -138,6 +139,7 @@ class Site:
     wan: Wan
     side: str
     zygote: Zygote
+    control: socket.socket
     folder: Path
 
     @classmethod
@@ -157,7 +159,12 @@ class Site:
                 start_new_session=True,
             )
         theirs.close()
-        return cls(wan, side, Zygote(process, ours, log_path), folder)
+        return cls(wan, side, Zygote(process, ours, log_path), ours, folder)
+
+    def stop(self) -> None:
+        """End the fork server and its workers."""
+        self.zygote.stop(0)
+        self.control.close()
 
     def free_port(self) -> int:
         """Return a port of this side that was free a moment ago."""
@@ -165,6 +172,11 @@ class Site:
             probe.bind(("0.0.0.0", 0))
             port: int = probe.getsockname()[1]
             return port
+
+    def run(self, *argv: str) -> str:
+        """Run a command on this side to its end; return its output."""
+        with self.wan.entered(self.side):
+            return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=30).stdout
 
     def serve(
         self,
@@ -299,6 +311,6 @@ def two_sites(wan: Wan, folder: Path) -> Iterator[tuple[Site, Site]]:
         sites = []
         for side in ("a", "b"):
             site = Site.start(wan, side, folder)
-            stack.callback(site.zygote.stop, 0)
+            stack.callback(site.stop)
             sites.append(site)
         yield sites[0], sites[1]
