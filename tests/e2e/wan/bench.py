@@ -24,6 +24,8 @@ NEW_TOKENS = 8
 #: Least distance, in nats, of the two best tokens. Another order of adding moves a logit by some 1e-5.
 MIN_MARGIN = 1e-3
 CONNECTIONS = 4
+#: What `settled` looks at, and the name.
+PARTS = ("worker", "used", "used_by_transfer")
 #: Seconds in which a failed request must have said so: 15 s of silence find a dead peer, and some grace.
 DEADLINE_S = 22.0
 
@@ -75,20 +77,31 @@ class Bench:
         old = self._pairs.get(family)
         if old and old.prefill.alive and old.decode.alive:
             return old
-        workers: list[Worker] = []
-        for site, mode, now in (
-            (self.a, "prefill", old and old.prefill),
-            (self.b, "decode", old and old.decode),
-        ):
-            if now and now.alive:
-                workers.append(now)
-                continue
-            flags = {"bootstrap_port": now.bootstrap_port} if now else {}
-            workers.append(site.serve(self.model(family), mode, **flags))
-        for worker in workers:
-            worker.wait_healthy()
-        self._pairs[family] = Pair(workers[0], workers[1])
+        prefill = old.prefill if old and old.prefill.alive else None
+        decode = old.decode if old and old.decode.alive else None
+        model = self.model(family)
+        address = old.prefill.bootstrap_port if old else None
+        prefill = prefill or self.a.serve(model, "prefill", bootstrap_port=address)
+        decode = decode or self.b.serve(model, "decode")
+        self._pairs[family] = Pair(prefill, decode)
+        self._pairs[family].wait_healthy()
         return self._pairs[family]
+
+    @contextlib.contextmanager
+    def special(
+        self, family: str, *, prefill: dict[str, Any] | None = None, decode: dict[str, Any] | None = None
+    ) -> Iterator[Pair]:
+        """Run a pair for one test; the arguments are those of Site.serve."""
+        model = self.model(family)
+        pair = Pair(
+            self.a.serve(model, "prefill", **(prefill or {})), self.b.serve(model, "decode", **(decode or {}))
+        )
+        try:
+            pair.wait_healthy()
+            yield pair
+        finally:
+            for worker in pair.workers:
+                worker.kill()
 
     def oracle(self, family: str) -> Oracle:
         """Return the right answers, from a stock server that lives only for this."""
@@ -193,23 +206,31 @@ def connect(pair: Pair, oracle: Oracle) -> None:
 
 def settled(pair: Pair) -> bool:
     """Whether neither worker holds anything for a request."""
-    return not any(value for held in pair.holdings() for value in held["used"].values())
+    return not any(held_by_requests(pair))
+
+
+def held_by_requests(pair: Pair) -> list[dict[str, float]]:
+    """Return, for each worker, the counts that are not 0."""
+    return [
+        {name: n for name, n in {**held["used"], **held["used_by_transfer"]}.items() if n}
+        for held in pair.holdings()
+    ]
 
 
 def _await_settled(pair: Pair, within_s: float) -> None:
     try:
         until("nothing held by requests", lambda: settled(pair), within_s)
     except pytest.fail.Exception as error:
-        pytest.fail(f"{error}: {json.dumps([held['used'] for held in pair.holdings()])}")
+        pytest.fail(f"{error}: {json.dumps(held_by_requests(pair))}")
 
 
-def difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
-    """Say what differs, '' when nothing does."""
+def grown(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
+    """Say what there is more of, '' when nothing."""
     return "; ".join(
         f"{old['worker']}.{key}: {old[key]} -> {new[key]}"
         for old, new in zip(before, now, strict=True)
         for key in old
-        if old[key] != new[key]
+        if (len(new[key]) > len(old[key]) if key == "threads" else key not in PARTS and new[key] > old[key])
     )
 
 
@@ -246,7 +267,7 @@ def _whole(this: Trial, before: list[dict[str, Any]]) -> None:
 
     def leaked() -> str:
         now = again.holdings()
-        return difference([before[i] for i in kept], [now[i] for i in kept])
+        return grown([before[i] for i in kept], [now[i] for i in kept])
 
     try:
         until("as before", lambda: not leaked())
