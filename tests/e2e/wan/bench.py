@@ -48,7 +48,7 @@ class Oracle:
 
 
 def build_models(folder: Path, families: tuple[str, ...]) -> subprocess.Popen[bytes]:
-    """Start building the tiny checkpoints in a process of their own; `FAMILY.built` says that one is there."""
+    """Start building the tiny checkpoints in a process of their own; `FAMILY.built` ends each."""
     code = (
         "import sys, pathlib; from prfaas_sglang.cpu import models; root = pathlib.Path(sys.argv[1])\n"
         "for f in sys.argv[2:]: models.build(f, root / f); (root / (f + '.built')).touch()"

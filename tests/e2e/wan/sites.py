@@ -246,7 +246,7 @@ class Answer:
     seconds: float
 
     def error(self, *accepted: str) -> str:
-        """Return the error's text; fails when the request succeeded or says none of `accepted` (in lower case)."""
+        """Return the error; fails when the request succeeded or says none of `accepted` (lower case)."""
         assert self.output is None, f"room {self.room} succeeded"
         assert not accepted or any(word in self.text.lower() for word in accepted), self.text
         return self.text

@@ -9,7 +9,7 @@ import socket
 
 import pytest
 
-from tests.e2e.wan.bench import Bench, connect, settled
+from tests.e2e.wan.bench import Bench, Oracle, connect, settled
 from tests.e2e.wan.conftest import Try
 from tests.e2e.wan.sites import Pair, Worker, until
 
@@ -101,18 +101,14 @@ def test_another_model_is_refused(attempt: Try, bench: Bench) -> None:
         trial.failed(odd.ask(trial.oracle.medium[1].prompt), "layouts differ", within_s=PROMPT_S)
 
 
-def check_all(trial_pair: Pair, bench: Bench, family: str, count: int) -> None:
+def check_all(pair: Pair, oracle: Oracle, count: int) -> None:
     """Send `count` medium prompts at once; each must be exact, and nothing held afterwards."""
-    oracle = bench.oracle(family)
     cases = [oracle.medium[i % len(oracle.medium)] for i in range(count)]
-    running = [trial_pair.send(case.prompt) for case in cases]
-    wrong = [
-        r.result(90).text[:300]
-        for r, c in zip(running, cases, strict=True)
-        if r.result(90).output != c.output
-    ]
+    running = [pair.send(case.prompt) for case in cases]
+    answers = [future.result(90) for future in running]
+    wrong = [a.text[:300] for a, case in zip(answers, cases, strict=True) if a.output != case.output]
     assert not wrong, f"{len(wrong)} of {count}: {wrong[0]}"
-    until("idle", lambda: settled(trial_pair))
+    until("idle", lambda: settled(pair))
 
 
 @pytest.mark.parametrize("staging_bytes", [0, 1 << 20], ids=["none", "full"])
@@ -120,7 +116,7 @@ def test_staging_memory_that_is_full_or_absent(bench: Bench, staging_bytes: int)
     """8 requests at once, each of which takes most of the staging memory: all exact, none of it kept."""
     with bench.special("gdn", prefill={"config": {"staging_bytes": staging_bytes}}) as pair:
         connect(pair, bench.oracle("gdn"))
-        check_all(pair, bench, "gdn", 8)
+        check_all(pair, bench.oracle("gdn"), 8)
 
 
 def test_many_transfers_over_little_memory(bench: Bench) -> None:
@@ -133,4 +129,4 @@ def test_many_transfers_over_little_memory(bench: Bench) -> None:
     ) as pair:
         connect(pair, bench.oracle("gdn"))
         bench.wan.set("both", rate_bps=100e6, queue_bytes=500e3)
-        check_all(pair, bench, "gdn", 32)
+        check_all(pair, bench.oracle("gdn"), 32)
