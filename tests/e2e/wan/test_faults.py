@@ -9,16 +9,19 @@ import re
 
 import pytest
 
-from tests.e2e.wan.bench import NORMAL, Trial
+from tests.e2e.wan.bench import CONNECTIONS, NORMAL, Trial
 from tests.e2e.wan.conftest import Try
 from tests.e2e.wan.proxy import flipping
+from tests.e2e.wan.sites import WAITING_TIMEOUT_S, until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 
 FAMILIES = ["gdn", "swa"]
 #: Seconds until an error that a peer announces, or the kernel, must be with the client.
 PROMPT_S = 8.0
-#: Seconds until a silent peer is given up (15 s of silence) and the client knows.
+#: Seconds until a transfer that cannot be made good has failed at the latest.
+GIVE_UP_S = WAITING_TIMEOUT_S + 4.0
+#: Seconds until a peer that does not answer is given up (15 s of silence, or three attempts) and one knows.
 SILENCE_S = 25.0
 
 
@@ -38,7 +41,7 @@ def test_a_long_cut_fails_in_time_and_heals_without_a_restart(attempt: Try) -> N
     with attempt("gdn") as trial:
         running = trial.underway(abort_prefill=False)
         trial.wan.partition()
-        trial.failed(running.result(60), "silent", "connection", within_s=SILENCE_S)
+        trial.failed(running.result(60), "connection", "timed out", within_s=GIVE_UP_S)
         started = trial.pair.send(trial.oracle.short.prompt, abort_prefill=False)
         trial.failed(started.result(60), "cannot reach prefill worker", within_s=SILENCE_S)
         trial.idle(60)
@@ -46,23 +49,25 @@ def test_a_long_cut_fails_in_time_and_heals_without_a_restart(attempt: Try) -> N
 
 
 @pytest.mark.parametrize("how_many", ["one", "all"])
-def test_reset_connections_fail_the_transfer_at_once(attempt: Try, how_many: str) -> None:
+def test_reset_connections_are_made_good(attempt: Try, how_many: str) -> None:
+    """The kernel resets one connection or all: the transfer goes on over new ones."""
     with attempt("gdn") as trial:
-        running = trial.underway(abort_prefill=False)
+        running = trial.underway()
         ports = [port for port, _ in connections(trial)]
         for port in ports[:1] if how_many == "one" else ports:
             trial.bench.a.run("ss", "-K", "dport", "=", f":{port}")
-        trial.failed(running.result(60), "connection", within_s=PROMPT_S)
-        trial.idle(5)
+        trial.exact(running.result(60))
 
 
 def test_one_stalled_connection_of_several(attempt: Try) -> None:
-    """Packets of one connection vanish: the transfer ends with a reason, not never."""
+    """Packets of one connection vanish: it is noticed and replaced."""
     with attempt("gdn") as trial:
-        running = trial.underway(abort_prefill=False)
+        running = trial.underway()
         port = max(connections(trial), key=lambda found: found[1])[0]
         trial.wan.set("both", drop_port=port)
-        trial.failed(running.result(60), "connection", within_s=SILENCE_S)
+        answer = running.result(60)
+        trial.exact(answer)
+        assert answer.seconds < SILENCE_S
         assert trial.wan.stats().a2b.port_dropped > 0
 
 
@@ -100,6 +105,7 @@ def test_one_flipped_bit_in_the_stream(attempt: Try, place: str) -> None:
             assert proxy.flipped.is_set()
             trial.failed(answer, "checksum", "crc", "frame", "data:", within_s=PROMPT_S)
             trial.idle(5)
+            until("all connections", lambda: proxy.connections % CONNECTIONS == 0)
             before = proxy.connections
             trial.exact(trial.pair.ask(trial.case.prompt, bootstrap_port=proxy.port))
             assert (proxy.connections == before) == (place == "row")
