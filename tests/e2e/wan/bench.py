@@ -163,6 +163,7 @@ class Trial:
     family: str
     pair: Pair
     oracle: Oracle
+    staged_is_kept: bool = False
 
     @property
     def wan(self) -> Wan:
@@ -181,9 +182,13 @@ class Trial:
         assert not future.done(), future.result()
         return future
 
-    def idle(self, within_s: float) -> None:
-        """Wait until neither worker holds anything for a request."""
-        _await_settled(self.pair, within_s)
+    def idle(self, within_s: float, *, transfers: bool = True) -> None:
+        """Wait until neither worker holds anything for a request.
+
+        transfers: open rooms and staging memory count, here and after the test.
+        """
+        self.staged_is_kept = not transfers
+        _await_settled(self.pair, within_s, transfers)
 
     def exact(self, answer: Answer, case: Case | None = None) -> None:
         """Assert that an answer is the stock server's."""
@@ -204,24 +209,28 @@ def connect(pair: Pair, oracle: Oracle) -> None:
     until("all connections", lambda: line in pair.decode.telemetry("/metrics"))
 
 
-def settled(pair: Pair) -> bool:
-    """Whether neither worker holds anything for a request."""
-    return not any(held_by_requests(pair))
+def settled(pair: Pair, transfers: bool = True) -> bool:
+    """Whether neither worker holds anything for a request, open transfers and staging memory included."""
+    return not any(held_by_requests(pair, transfers))
 
 
-def held_by_requests(pair: Pair) -> list[dict[str, float]]:
+def held_by_requests(pair: Pair, transfers: bool = True) -> list[dict[str, float]]:
     """Return, for each worker, the counts that are not 0."""
     return [
-        {name: n for name, n in {**held["used"], **held["used_by_transfer"]}.items() if n}
+        {
+            name: n
+            for name, n in {**held["used"], **(held["used_by_transfer"] if transfers else {})}.items()
+            if n
+        }
         for held in pair.holdings()
     ]
 
 
-def _await_settled(pair: Pair, within_s: float) -> None:
+def _await_settled(pair: Pair, within_s: float, transfers: bool = True) -> None:
     try:
-        until("nothing held by requests", lambda: settled(pair), within_s)
+        until("nothing held by requests", lambda: settled(pair, transfers), within_s)
     except pytest.fail.Exception as error:
-        pytest.fail(f"{error}: {json.dumps(held_by_requests(pair))}")
+        pytest.fail(f"{error}: {json.dumps(held_by_requests(pair, transfers))}")
 
 
 def grown(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
@@ -243,7 +252,7 @@ def trial(bench: Bench, family: str) -> Iterator[Trial]:
     bench.wan.set("both", **asdict(NORMAL))
     oracle, pair = bench.oracle(family), bench.pair(family)
     connect(pair, oracle)
-    until("idle before the fault", lambda: settled(pair))
+    until("idle before the fault", lambda: settled(pair, transfers=False))
     before = pair.holdings()
     this = Trial(bench, family, pair, oracle)
     try:
@@ -260,7 +269,7 @@ def _whole(this: Trial, before: list[dict[str, Any]]) -> None:
     """Assert what `trial` promises of the time after the fault."""
     again = this.bench.pair(this.family)
     assert all(worker.alive for worker in again.workers)
-    _await_settled(again, 20)
+    _await_settled(again, 20, not this.staged_is_kept)
     connect(again, this.oracle)
     this.exact(again.ask(this.oracle.medium[0].prompt), this.oracle.medium[0])
     kept = [i for i in (0, 1) if again.workers[i] is this.pair.workers[i]]

@@ -17,6 +17,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 
 FAMILIES = ["gdn", "swa"]
 PROMPT_S = 8.0
+#: Prefill keeps a transfer whose connection broke for 30 s, and one that nobody asks for for its timeout.
+KEPT_S = 40.0
 
 
 def test_a_killed_prefill_worker(attempt: Try) -> None:
@@ -29,20 +31,21 @@ def test_a_killed_prefill_worker(attempt: Try) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_killed_decode_worker(attempt: Try, family: str) -> None:
-    """kill -9: prefill gives back pages, state and staging at once, and serves the next decode worker."""
+    """kill -9: prefill gives back pages and state at once, and serves the next decode worker."""
     with attempt(family) as trial:
         running = trial.underway(abort_prefill=False)
         trial.pair.decode.kill()
         assert running.result(60).output is None
         prefill = trial.pair.prefill
         until("prefill idle", lambda: not any(prefill.counts()["used"].values()), 5)
-        until("nothing open", lambda: not any(prefill.counts()["used_by_transfer"].values()), 5)
+        trial.staged_is_kept = True  # for a decode worker that might come back
 
 
 @pytest.mark.parametrize("where", ["prefill", "decode", "both"])
 def test_an_abort_in_the_middle(attempt: Try, where: str) -> None:
     """POST /abort_request: decode's client gets an answer; neither side holds anything a moment later."""
     with attempt("gdn") as trial:
+        trial.exact(trial.pair.ask(trial.case.prompt))  # cached: prefill has computed it before KV is sent
         rid = secrets.token_hex(8)
         running = trial.underway(rid=rid, abort_prefill=False)
         for worker in trial.pair.workers:
@@ -54,6 +57,20 @@ def test_an_abort_in_the_middle(attempt: Try, where: str) -> None:
             trial.exact(answer)
         else:
             trial.failed(answer, "abort", within_s=PROMPT_S)
+        trial.idle(PROMPT_S)
+
+
+@pytest.mark.xfail(
+    reason="SGLang drops the sender after its abort(): status and failure record of the room stay"
+)
+def test_an_abort_while_the_prompt_is_computed(attempt: Try) -> None:
+    """After the first chunks of many."""
+    with attempt("gdn") as trial:
+        trial.pair.prefill.request("POST", "/flush_cache")
+        rid = secrets.token_hex(8)
+        running = trial.underway(20_000, rid=rid, abort_prefill=False)
+        trial.pair.prefill.abort(rid)
+        trial.failed(running.result(60), "abort", within_s=PROMPT_S)
         trial.idle(PROMPT_S)
 
 
@@ -109,6 +126,13 @@ def check_all(pair: Pair, oracle: Oracle, count: int) -> None:
     wrong = [a.text[:300] for a, case in zip(answers, cases, strict=True) if a.output != case.output]
     assert not wrong, f"{len(wrong)} of {count}: {wrong[0]}"
     until("idle", lambda: settled(pair))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_kept_in_the_end(bench: Bench, family: str) -> None:
+    """Staging memory and rooms of the faults above are given back: 30 s after the connection broke."""
+    pair = bench.pair(family)
+    until("everything given back", lambda: settled(pair), KEPT_S)
 
 
 @pytest.mark.parametrize("staging_bytes", [0, 1 << 20], ids=["none", "full"])
