@@ -104,11 +104,12 @@ def test_one_flipped_bit_in_the_stream(attempt: Try, place: str) -> None:
             answer = trial.pair.ask(trial.case.prompt, bootstrap_port=proxy.port, abort_prefill=False)
             assert proxy.flipped.is_set()
             trial.failed(answer, "checksum", "crc", "frame", "data:", within_s=PROMPT_S)
-            trial.idle(5, transfers=place != "header")  # what is staged is kept for a while
+            trial.idle(5, transfers=place == "row")  # what is staged is kept for a while
             until("all connections", lambda: proxy.connections % CONNECTIONS == 0)
             before = proxy.connections
             trial.exact(trial.pair.ask(trial.case.prompt, bootstrap_port=proxy.port))
-            assert (proxy.connections == before) == (place != "header")
+            if place != "position":  # that one may pass for a row that came twice
+                assert (proxy.connections == before) == (place == "row")
 
 
 def connections(trial: Trial) -> list[tuple[int, int]]:
