@@ -9,7 +9,6 @@ from tests.integration.transfer_support import Pair, assert_moved
 from tests.wan.fixtures import MakeWan, wan_fixture  # noqa: F401
 
 
-@pytest.mark.xfail(reason="a PING waits behind a long frame, and its PONG is missed")
 def test_a_slow_link_is_not_taken_for_a_silent_peer(
     wan: MakeWan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
