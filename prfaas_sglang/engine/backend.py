@@ -146,13 +146,14 @@ class _Failures:
     kv_mgr: PrfaasManager
     bootstrap_room: int
     conclude_state: int | None
+    failure_reason: str | None = None  #: of an abort, whose record is gone already
 
     def failure_exception(self) -> None:
         """Raise KVTransferError with the recorded reason."""
         self.conclude_state = KVPoll.Failed
         self.clear()  # type: ignore[attr-defined]
         with self.kv_mgr.failure_lock:
-            reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
+            reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, self.failure_reason)
         raise KVTransferError(
             self.bootstrap_room, reason or "failed on another rank", is_from_another_rank=reason is None
         )
@@ -238,9 +239,16 @@ class PrfaasSender(_Failures, CommonKVSender):
         super().clear()
 
     def abort(self) -> None:
-        """Give the transfer up on the scheduler's wish."""
+        """Give the transfer up on the scheduler's wish.
+
+        A request that is aborted before its last chunk is not polled or cleared any more, so nothing of the
+        room may stay in the manager's tables; `conclude_state` answers a poll that does come.
+        """
         super().abort()
         self.kv_mgr.exporter.abort(self.bootstrap_room, "aborted at the prefill worker")
+        self.kv_mgr.request_status.pop(self.bootstrap_room, None)
+        with self.kv_mgr.failure_lock:
+            self.failure_reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
 
 
 class PrfaasReceiver(_Failures, CommonKVReceiver):
