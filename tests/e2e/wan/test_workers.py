@@ -60,9 +60,6 @@ def test_an_abort_in_the_middle(attempt: Try, where: str) -> None:
         trial.idle(PROMPT_S)
 
 
-@pytest.mark.xfail(
-    reason="SGLang drops the sender after its abort(): status and failure record of the room stay"
-)
 def test_an_abort_while_the_prompt_is_computed(attempt: Try) -> None:
     """After the first chunks of many."""
     with attempt("gdn") as trial:
