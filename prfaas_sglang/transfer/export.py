@@ -41,6 +41,8 @@ class Export:
         from_pool: something is sent straight from the pool: pages must stay until DONE.
         released: the engine was told that its request is over.
         dead: ended; set before pages or staging memory go back.
+        ahead_bytes: row bytes that were offered before their chunk was computed.
+        early_bytes: row bytes handed to TCP when prefill ended.
     """
 
     room: int
@@ -67,8 +69,14 @@ class Export:
     prefill_end_s: float | None = None
     sent_bytes: int = 0
     wire_bytes: int = 0
+    ahead_bytes: int = 0
+    early_bytes: int = 0
     holders: int = 0
     lock: threading.RLock = field(default_factory=threading.RLock)
+    _copied: threading.Condition = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._copied = threading.Condition(self.lock)
 
     @contextmanager
     def hold(self) -> Iterator[bool]:
@@ -90,6 +98,7 @@ class Export:
             first, self.dead = not self.dead, True
             self.parts.clear()
             self._give_back()
+            self._copied.notify_all()
             return first
 
     def _give_back(self) -> None:
@@ -103,6 +112,16 @@ class Export:
         return self.session.last_seen and not self.copying and not self.from_pool
 
     # --- with `lock` held ---
+
+    def finished_copying(self) -> None:
+        """One job less on its way to staging memory."""
+        self.copying -= 1
+        self._copied.notify_all()
+
+    def copied(self, timeout_s: float) -> bool:
+        """Wait until everything offered so far is in staging memory; the lock is free meanwhile."""
+        done = self._copied.wait_for(lambda: self.dead or not self.copying, timeout_s)
+        return done and not self.dead and not self.from_pool
 
     def queue(self, part: Part) -> None:
         """Let a part go, or wait for the grant."""

@@ -44,6 +44,7 @@ from prfaas_sglang.transfer.channel import Channel, Identity
 from prfaas_sglang.transfer.export import DecodePeer, Export
 from prfaas_sglang.transfer.listener import Listener
 from prfaas_sglang.transfer.memory import PoolMemory
+from prfaas_sglang.transfer.staging import part_bytes
 from prfaas_sglang.transfer.store import Store
 from prfaas_sglang.transfer.telemetry import LinkSample, Telemetry, TransferRecord
 from prfaas_sglang.transfer.tls import Tls
@@ -57,6 +58,8 @@ MAX_GRANTS = 4096
 #: How long a transfer whose connection broke waits for decode to resume it: decode may hear of the break by
 #: silence only (channel.PING_S * MISSED), and then has to dial.
 PARK_S = 30.0
+#: How long the engine waits for staging when it replaces pages of which layers went ahead.
+COPY_TIMEOUT_S = 5.0
 #: Rooms that decode gave up before it granted anything, remembered for a request that comes later.
 MAX_CANCELLED = 1024
 
@@ -147,14 +150,38 @@ class Exporter:
             export = self._exports.get(room)
         return None if export is None or export.dead else export.session.grant
 
-    def send_ahead(self, room: int, pages: Sequence[int], tensors: Sequence[int]) -> None:
-        """Queue some KV tensors of the next chunk's first pages (arguments as ExportSession.ahead).
+    def mark(self) -> object:
+        """Return a mark of what the engine has queued so far (see PoolMemory.mark)."""
+        return self._memory.mark()
+
+    def send_ahead(
+        self,
+        room: int,
+        pages: Sequence[int],
+        tensors: Sequence[int],
+        *,
+        first: int | None = None,
+        mark: object = None,
+    ) -> bool:
+        """Queue some KV tensors of pages whose chunk is still computed (arguments as ExportSession.ahead).
+
+        Args:
+            mark: what `mark` returned when the rows were final; by default now.
+
+        False when nothing was queued: without staging memory the pages would have to stay as they are until
+        decode has them, and the engine may still replace them by equal ones.
 
         Raises as `send`.
         """
         export = self._live(room)
+        mark = self._memory.mark() if mark is None else mark
         with export.lock:
-            self._store.offer(export, [export.session.ahead(pages, tensors, self._memory.mark())])
+            if not self._store.reserve(export):
+                return False
+            part = export.session.ahead(pages, tensors, mark, first=first)
+            export.ahead_bytes += part_bytes(self._identity.layout, part)
+            self._store.offer(export, [part])
+            return True
 
     def send(
         self,
@@ -174,10 +201,15 @@ class Exporter:
         with export.lock:
             self._store.reserve(export)
             parts = export.session.chunk(
-                pages, states=states, aux_row=aux_row, last=last, mark=self._memory.mark()
+                pages,
+                states=states,
+                aux_row=aux_row,
+                last=last,
+                mark=self._memory.mark(),
+                ahead_copied=export.session.moved(pages) and export.copied(COPY_TIMEOUT_S),
             )
             if last:
-                export.prefill_end_s = time.monotonic()
+                export.prefill_end_s, export.early_bytes = time.monotonic(), export.sent_bytes
             self._store.offer(export, parts)
             export.commit()
 
@@ -452,6 +484,8 @@ class Exporter:
                 queued_s=export.queued_s(),
                 exposed_s=now_s - ended if outcome == "done" and ended is not None else None,
                 staged=export.kv is not None and not export.from_pool,
+                ahead_bytes=export.ahead_bytes,
+                early_bytes=export.early_bytes,
                 reason=reason,
             )
         )
