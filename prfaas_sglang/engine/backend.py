@@ -114,8 +114,8 @@ class PrfaasManager(CommonKVManager):
         return True
 
     def fail(self, room: int, reason: str) -> None:
-        """Fail a room that is still open, with its reason."""
-        if room in self.request_status:
+        """Fail a room that is still open, with its first reason."""
+        if self.status(room) != KVPoll.Failed:
             self.record_failure(room, reason)
             self.update_status(room, KVPoll.Failed)
 

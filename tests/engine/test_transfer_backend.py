@@ -78,7 +78,7 @@ def abort(server: Server, rid: str) -> None:
 def pair(serve: Serve, model: Path, family: str, **flags: Any) -> Iterator[Pair]:
     """Start both servers; `flags` are for decode, but `chunk` for both.
 
-    `staging_bytes` and `layerwise` go into prefill's configuration.
+    `staging_bytes` and `layerwise` go into prefill's configuration, `fault` names one of layer_faults.
     """
     bootstrap_port, telemetry_port = free_port(), free_port()
     config = {"worker_id": "a-p", "site": "A", "listen_host": "127.0.0.1"}
@@ -91,12 +91,14 @@ def pair(serve: Serve, model: Path, family: str, **flags: Any) -> Iterator[Pair]
     }
     if family.startswith("gdn"):
         shared["mamba_radix_cache_strategy"] = "extra_buffer"
+    fault = flags.pop("fault", None)
+    faults = {"PRFAAS_TEST_FAULT": fault, "SGLANG_PLUGINS": "prfaas,layer_faults"} if fault else {}
     prefill_config = {**config, **sending, "telemetry_listen": f"127.0.0.1:{telemetry_port}"}
     decode_config = {**config, "worker_id": "b-d", "site": "B"}
     with (
         serve(
             model,
-            {"PRFAAS_CONFIG": json.dumps(prefill_config)},
+            {"PRFAAS_CONFIG": json.dumps(prefill_config), **faults},
             disaggregation_mode="prefill",
             disaggregation_bootstrap_port=bootstrap_port,
             **shared,
