@@ -1,4 +1,4 @@
-"""The follower of batches against a recorder of what was sent, with the fields of SGLang's objects it reads."""
+"""The follower of batches against a recorder of what was sent, with those fields of SGLang that it reads."""
 
 from __future__ import annotations
 
