@@ -31,7 +31,7 @@ def test_a_layer_arrives_before_its_chunk_is_offered() -> None:
 
 
 def test_pages_that_the_engine_replaced_and_reuses_at_once() -> None:
-    """Its cache had equal pages: once `send` is back the first ones may be overwritten; none of that leaves."""
+    """Its cache had equal pages: after `send` the first ones may be overwritten; none of that leaves."""
     with closing(Pair(staging_bytes=STAGING)) as pair:
         old, new, target = list(range(100, 300)), list(range(300, 500)), list(range(200))
         for tensor in pair.prefill.buffers[0]:
