@@ -119,6 +119,10 @@ class ExportSession:
         self._ahead_tensors |= set(tensors)
         return Part(KV, tuple(tensors), first, pages, mark=mark)
 
+    def page_bytes(self, tensors: Sequence[int]) -> int:
+        """Return the bytes of one page in some KV tensors."""
+        return sum(self.layout.components[KV].row_bytes[tensor] for tensor in tensors)
+
     def moved(self, pages: Sequence[int]) -> bool:
         """True when the next chunk would be `pages` and other pages than those went ahead for it."""
         here = self._ahead_span(pages)

@@ -17,6 +17,10 @@ from prfaas_sglang.core.session import ExportSession, Part
 from prfaas_sglang.transfer.bundle import Bundle
 from prfaas_sglang.transfer.channel import Channel
 from prfaas_sglang.transfer.staging import Extent
+from prfaas_sglang.transfer.telemetry import TransferRecord
+
+#: How long the engine waits for staging when it replaces pages of which layers went ahead.
+COPY_TIMEOUT_S = 5.0
 
 
 @dataclass(slots=True)
@@ -111,6 +115,26 @@ class Export:
         """True when every part was offered and copied."""
         return self.session.last_seen and not self.copying and not self.from_pool
 
+    def record(self, outcome: str, reason: str, now_s: float) -> TransferRecord:
+        """Return what is remembered of it when it has ended."""
+        grant, prefilled_s = self.session.grant, self.prefill_end_s
+        return TransferRecord(
+            room=self.room,
+            role="send",
+            peer_site=self.sent_to[0],
+            outcome=outcome,
+            bytes=self.sent_bytes,
+            wire_bytes=self.wire_bytes,
+            pages=grant.pages if grant is not None else 0,
+            seconds=now_s - (self.granted_s or self.opened_s),
+            queued_s=self.queued_s(),
+            exposed_s=now_s - prefilled_s if outcome == "done" and prefilled_s is not None else None,
+            staged=self.kv is not None and not self.from_pool,
+            ahead_bytes=self.ahead_bytes,
+            early_bytes=self.early_bytes,
+            reason=reason,
+        )
+
     # --- with `lock` held ---
 
     def finished_copying(self) -> None:
@@ -118,9 +142,9 @@ class Export:
         self.copying -= 1
         self._copied.notify_all()
 
-    def copied(self, timeout_s: float) -> bool:
-        """Wait until everything offered so far is in staging memory; the lock is free meanwhile."""
-        done = self._copied.wait_for(lambda: self.dead or not self.copying, timeout_s)
+    def copied(self) -> bool:
+        """Wait until all that was offered is in staging memory; the lock is free meanwhile."""
+        done = self._copied.wait_for(lambda: self.dead or not self.copying, COPY_TIMEOUT_S)
         return done and not self.dead and not self.from_pool
 
     def queue(self, part: Part) -> None:

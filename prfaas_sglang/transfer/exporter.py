@@ -44,9 +44,8 @@ from prfaas_sglang.transfer.channel import Channel, Identity
 from prfaas_sglang.transfer.export import DecodePeer, Export
 from prfaas_sglang.transfer.listener import Listener
 from prfaas_sglang.transfer.memory import PoolMemory
-from prfaas_sglang.transfer.staging import part_bytes
 from prfaas_sglang.transfer.store import Store
-from prfaas_sglang.transfer.telemetry import LinkSample, Telemetry, TransferRecord
+from prfaas_sglang.transfer.telemetry import LinkSample, Telemetry
 from prfaas_sglang.transfer.tls import Tls
 from prfaas_sglang.transfer.wire import ConnectionLost, Wire
 
@@ -58,8 +57,6 @@ MAX_GRANTS = 4096
 #: How long a transfer whose connection broke waits for decode to resume it: decode may hear of the break by
 #: silence only (channel.PING_S * MISSED), and then has to dial.
 PARK_S = 30.0
-#: How long the engine waits for staging when it replaces pages of which layers went ahead.
-COPY_TIMEOUT_S = 5.0
 #: Rooms that decode gave up before it granted anything, remembered for a request that comes later.
 MAX_CANCELLED = 1024
 
@@ -165,22 +162,17 @@ class Exporter:
     ) -> bool:
         """Queue some KV tensors of pages whose chunk is still computed (arguments as ExportSession.ahead).
 
-        Args:
-            mark: what `mark` returned when the rows were final; by default now.
-
-        False when nothing was queued: without staging memory the pages would have to stay as they are until
-        decode has them, and the engine may still replace them by equal ones.
-
-        Raises as `send`.
+        `mark` is what `mark()` returned when the rows were final, by default now. False when nothing was
+        queued: without staging memory the pages would have to stay as they are until decode has them, and
+        the engine may still replace them by equal ones. Raises as `send`.
         """
         export = self._live(room)
         mark = self._memory.mark() if mark is None else mark
         with export.lock:
             if not self._store.reserve(export):
                 return False
-            part = export.session.ahead(pages, tensors, mark, first=first)
-            export.ahead_bytes += part_bytes(self._identity.layout, part)
-            self._store.offer(export, [part])
+            self._store.offer(export, [export.session.ahead(pages, tensors, mark, first=first)])
+            export.ahead_bytes += export.session.page_bytes(tensors) * len(pages)
             return True
 
     def send(
@@ -206,7 +198,7 @@ class Exporter:
                 aux_row=aux_row,
                 last=last,
                 mark=self._memory.mark(),
-                ahead_copied=export.session.moved(pages) and export.copied(COPY_TIMEOUT_S),
+                ahead_copied=export.session.moved(pages) and export.copied(),
             )
             if last:
                 export.prefill_end_s, export.early_bytes = time.monotonic(), export.sent_bytes
@@ -469,26 +461,7 @@ class Exporter:
             peer = self._peer_of(channel)
             if peer is not None:
                 peer.transfers.pop(export.transfer, None)
-        now_s = time.monotonic()
-        grant, ended = export.session.grant, export.prefill_end_s
-        self._telemetry.record(
-            TransferRecord(
-                room=room,
-                role="send",
-                peer_site=export.sent_to[0],
-                outcome=outcome,
-                bytes=export.sent_bytes,
-                wire_bytes=export.wire_bytes,
-                pages=grant.pages if grant is not None else 0,
-                seconds=now_s - (export.granted_s or export.opened_s),
-                queued_s=export.queued_s(),
-                exposed_s=now_s - ended if outcome == "done" and ended is not None else None,
-                staged=export.kv is not None and not export.from_pool,
-                ahead_bytes=export.ahead_bytes,
-                early_bytes=export.early_bytes,
-                reason=reason,
-            )
-        )
+        self._telemetry.record(export.record(outcome, reason, time.monotonic()))
         if notify and not export.released:
             self._on_failed(room, reason)
         return export
