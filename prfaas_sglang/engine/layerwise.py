@@ -95,11 +95,8 @@ class Follower:
         spans = []
         for request in batch.reqs:
             sender = request.disagg_kv_sender
-            if (
-                not hasattr(sender, "send_ahead")
-                or request.pending_bootstrap
-                or request.to_finish is not None
-            ):
+            ours = hasattr(sender, "send_ahead")  # warm-up requests have SGLang's fake one
+            if not ours or request.pending_bootstrap or request.to_finish is not None:
                 continue
             end, prompt = request.extend_range.end, len(request.origin_input_ids)
             begin = request.start_send_idx
