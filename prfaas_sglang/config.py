@@ -40,6 +40,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         staging_bytes: host memory in which a prefill worker keeps KV that is computed and not yet delivered,
             so that its pages and its answer wait for neither the decode worker nor the link; 0 for none.
             Taken from the system as it is used.
+        layerwise: a prefill worker sends a layer's KV while the later layers of the same chunk are computed
+            (needs staging memory).
         connections: TCP connections that a decode worker opens to each prefill rank, 1 to 64.
         tls: mutual TLS on the data connections; None sends KV in the clear.
     """
@@ -50,6 +52,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     telemetry_listen: str = ""
     frame_bytes: int = 256 << 10
     staging_bytes: int = 1 << 30
+    layerwise: bool = False
     connections: int = 4
     tls: TlsConfig | None = None
 
@@ -67,6 +70,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(
                 f"{ENVIRONMENT_VARIABLE}.staging_bytes: {self.staging_bytes} is not in 0..{1 << 42}"
             )
+        if self.layerwise and not self.staging_bytes:
+            raise ConfigError(f"{ENVIRONMENT_VARIABLE}.layerwise: needs staging_bytes above 0")
         if not 1 <= self.connections <= 64:
             raise ConfigError(f"{ENVIRONMENT_VARIABLE}.connections: {self.connections} is not in 1..64")
 

@@ -56,7 +56,8 @@ class ExportSession:
     grant: Grant | None = None
     offered_pages: int = 0
     last_seen: bool = False
-    _ahead: tuple[int, ...] = ()  # pages after offered_pages of which some tensors went ahead
+    _ahead: tuple[int, ...] = ()  # this side's pages of which some tensors went ahead
+    _ahead_first: int = 0  # prompt page of _ahead[0]
     _ahead_tensors: set[int] = field(default_factory=set)
 
     @property
@@ -93,24 +94,44 @@ class ExportSession:
             )
         self.grant = grant
 
-    def ahead(self, pages: Sequence[int], tensors: Sequence[int], mark: object = None) -> Part:
-        """Return the part that carries some KV tensors of the next chunk's first pages before the rest.
+    def ahead(
+        self, pages: Sequence[int], tensors: Sequence[int], mark: object = None, *, first: int | None = None
+    ) -> Part:
+        """Return the part that carries some KV tensors of some pages before their chunk is offered.
 
         Args:
-            pages: this side's page numbers; the same ones for every call of a chunk.
+            pages: this side's page numbers, all in one chunk; the same ones for every call of a chunk.
             tensors: KV tensors whose rows are final.
+            first: prompt page of pages[0]; by default the first page that was not offered yet.
 
-        Raises LocalProtocolError when pages changed or a tensor went already: `chunk` then fails as well.
+        Raises LocalProtocolError when pages were offered or changed, or a tensor went already.
         """
         pages = tuple(pages)
-        if self.last_seen or (self._ahead_tensors and pages != self._ahead):
+        first = self.offered_pages if first is None else first
+        if self.last_seen or first < self.offered_pages or not pages:
+            raise LocalProtocolError("layers sent ahead of pages that were offered before", reason="ahead")
+        if self._ahead_tensors and (first, pages) != (self._ahead_first, self._ahead):
             raise LocalProtocolError("layers sent ahead of other pages than before", reason="ahead")
         if self._ahead_tensors & set(tensors):
             raise LocalProtocolError("a layer was sent ahead twice", reason="ahead")
-        self._check_pages(self.offered_pages + len(pages))
-        self._ahead = pages
+        self._check_pages(first + len(pages))
+        self._ahead, self._ahead_first = pages, first
         self._ahead_tensors |= set(tensors)
-        return Part(KV, tuple(tensors), self.offered_pages, pages, mark=mark)
+        return Part(KV, tuple(tensors), first, pages, mark=mark)
+
+    def page_bytes(self, tensors: Sequence[int]) -> int:
+        """Return the bytes of one page in some KV tensors."""
+        return sum(self.layout.components[KV].row_bytes[tensor] for tensor in tensors)
+
+    def moved(self, pages: Sequence[int]) -> bool:
+        """True when the next chunk would be `pages` and other pages than those went ahead for it."""
+        here = self._ahead_span(pages)
+        return tuple(pages)[here] != self._ahead[: here.stop - here.start]
+
+    def _ahead_span(self, pages: Sequence[int]) -> slice:
+        """Return which of the next chunk's pages went ahead."""
+        start = min(max(0, self._ahead_first - self.offered_pages), len(pages))
+        return slice(start, min(start + len(self._ahead), len(pages)))
 
     def chunk(
         self,
@@ -120,6 +141,7 @@ class ExportSession:
         aux_row: int | None = None,
         last: bool = False,
         mark: object = None,
+        ahead_copied: bool = False,
     ) -> list[Part]:
         """Return the parts of the next chunk, less what went ahead.
 
@@ -128,6 +150,8 @@ class ExportSession:
             states: with the last chunk, this side's rows per state component.
             aux_row: with the last chunk, this side's metadata row.
             last: the prompt ends here.
+            ahead_copied: what went ahead is not read from the pool any more, so its pages may have changed
+                (the engine found equal ones in its cache).
 
         Raises LocalProtocolError when the engine offers pages or state that do not fit the prompt or the
         grant, or other pages than went ahead.
@@ -135,18 +159,24 @@ class ExportSession:
         if self.last_seen:
             raise LocalProtocolError("chunk after the last one", reason="chunk_order")
         pages = tuple(pages)
-        gone = len(self._ahead)
-        if pages[:gone] != self._ahead:
+        gone = self._ahead_span(pages)
+        if self.moved(pages) and not ahead_copied:
             raise LocalProtocolError("a chunk's pages changed after layers were sent ahead", reason="ahead")
+        covered = gone.stop - gone.start
+        if covered < len(self._ahead) and (covered or last):
+            raise LocalProtocolError("a chunk ends inside what was sent ahead", reason="ahead")
         self._check_pages(self.offered_pages + len(pages), last=last)
         every = tuple(range(len(self.layout.components[KV].row_bytes)))
         rest = tuple(t for t in every if t not in self._ahead_tensors)
+        first = self.offered_pages
         parts = [
-            Part(KV, rest if gone else every, self.offered_pages, pages[:gone], mark=mark),
-            Part(KV, every, self.offered_pages + gone, pages[gone:], mark=mark),
+            Part(KV, every, first, pages[: gone.start], mark=mark),
+            Part(KV, rest, first + gone.start, pages[gone], mark=mark),
+            Part(KV, every, first + gone.stop, pages[gone.stop :], mark=mark),
         ]
         self.offered_pages += len(pages)
-        self._ahead, self._ahead_tensors = (), set()
+        if covered:
+            self._ahead, self._ahead_first, self._ahead_tensors = (), 0, set()
         if last:
             parts += self._last_parts(states or [], aux_row, mark)
             self.last_seen = True

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,10 +26,10 @@ from sglang.srt.disaggregation.common.conn import (
 from sglang.srt.disaggregation.utils import DisaggregationMode
 
 from cache_service.core.addresses import split_address
-from cache_service.core.errors import ConfigError, PrfaasError
+from cache_service.core.errors import ConfigError, LocalProtocolError, PrfaasError, TransferError
 from prfaas_sglang import config
 from prfaas_sglang.core.framing import Grant
-from prfaas_sglang.engine import pools
+from prfaas_sglang.engine import layerwise, pools
 from prfaas_sglang.engine.hooks import announce_prompts
 from prfaas_sglang.transfer import telemetry
 from prfaas_sglang.transfer.channel import Identity
@@ -73,6 +73,9 @@ class PrfaasManager(CommonKVManager):
                 hold_s=float(self.bootstrap_timeout),
                 tls=tls,
             )
+            self.layerwise = worker.layerwise
+            if worker.layerwise:
+                layerwise.install()
             port = self.exporter.listen(worker.listen_host, self.bootstrap_port + self.attn_tp_rank)
             logger.info("kv_export_listening port=%d layout=%s", port, layout.fingerprint())
         else:
@@ -111,8 +114,8 @@ class PrfaasManager(CommonKVManager):
         return True
 
     def fail(self, room: int, reason: str) -> None:
-        """Fail a room that is still open, with its reason."""
-        if room in self.request_status:
+        """Fail a room that is still open, with its first reason."""
+        if self.status(room) != KVPoll.Failed:
             self.record_failure(room, reason)
             self.update_status(room, KVPoll.Failed)
 
@@ -224,6 +227,22 @@ class PrfaasSender(_Failures, CommonKVSender):
             )
         except PrfaasError as error:
             self._fail(error)
+
+    def send_ahead(self, first: int, pages: Sequence[int], tensors: Sequence[int], mark: object) -> bool:
+        """Queue tensors of prompt pages before their chunk (see layerwise.Sender)."""
+        try:
+            return self.kv_mgr.exporter.send_ahead(
+                self.bootstrap_room, pages, tensors, first=first, mark=mark
+            )
+        except TransferError:
+            return False  # it ended meanwhile; the next poll says so
+        except PrfaasError as error:
+            self._fail(error)
+            return False
+
+    def revoke(self, reason: str) -> None:
+        """Fail the request: layers that went ahead were not final."""
+        self._fail(LocalProtocolError(reason, reason="ahead"))
 
     @_timed("sender_poll")
     def poll(self) -> int:

@@ -114,19 +114,22 @@ class Transfer(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     Attributes:
         backend: prfaas, or mooncake_tcp: SGLang's stock TCP backend, for comparison.
-        frame_bytes, connections: passed on to every worker (prfaas_sglang/config.py has the defaults);
-            prfaas only.
+        frame_bytes, connections, layerwise: passed on to every worker (prfaas_sglang/config.py has the
+            defaults); prfaas only.
         tls: encrypts KV between the workers and has both sides show certificates; prfaas only.
     """
 
     backend: Literal["prfaas", "mooncake_tcp"] = "prfaas"
     frame_bytes: int | None = None
     connections: int | None = None
+    layerwise: bool | None = None
     tls: TransferTls | None = None
 
     def worker_options(self, site: str) -> dict[str, Any]:
         """What is passed on to every worker of a site."""
-        given: dict[str, Any] = {"frame_bytes": self.frame_bytes, "connections": self.connections}
+        given: dict[str, Any] = {
+            name: getattr(self, name) for name in ("frame_bytes", "connections", "layerwise")
+        }
         if self.tls is not None:
             given["tls"] = self.tls.of_site(site)
         return {name: value for name, value in given.items() if value is not None}

@@ -17,6 +17,10 @@ from prfaas_sglang.core.session import ExportSession, Part
 from prfaas_sglang.transfer.bundle import Bundle
 from prfaas_sglang.transfer.channel import Channel
 from prfaas_sglang.transfer.staging import Extent
+from prfaas_sglang.transfer.telemetry import TransferRecord
+
+#: How long the engine waits for staging when it replaces pages of which layers went ahead.
+COPY_TIMEOUT_S = 5.0
 
 
 @dataclass(slots=True)
@@ -41,6 +45,8 @@ class Export:
         from_pool: something is sent straight from the pool: pages must stay until DONE.
         released: the engine was told that its request is over.
         dead: ended; set before pages or staging memory go back.
+        ahead_bytes: row bytes that were offered before their chunk was computed.
+        early_bytes: row bytes handed to TCP when prefill ended.
     """
 
     room: int
@@ -67,8 +73,14 @@ class Export:
     prefill_end_s: float | None = None
     sent_bytes: int = 0
     wire_bytes: int = 0
+    ahead_bytes: int = 0
+    early_bytes: int = 0
     holders: int = 0
     lock: threading.RLock = field(default_factory=threading.RLock)
+    _copied: threading.Condition = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._copied = threading.Condition(self.lock)
 
     @contextmanager
     def hold(self) -> Iterator[bool]:
@@ -90,6 +102,7 @@ class Export:
             first, self.dead = not self.dead, True
             self.parts.clear()
             self._give_back()
+            self._copied.notify_all()
             return first
 
     def _give_back(self) -> None:
@@ -102,7 +115,37 @@ class Export:
         """True when every part was offered and copied."""
         return self.session.last_seen and not self.copying and not self.from_pool
 
+    def record(self, outcome: str, reason: str, now_s: float) -> TransferRecord:
+        """Return what is remembered of it when it has ended."""
+        grant, prefilled_s = self.session.grant, self.prefill_end_s
+        return TransferRecord(
+            room=self.room,
+            role="send",
+            peer_site=self.sent_to[0],
+            outcome=outcome,
+            bytes=self.sent_bytes,
+            wire_bytes=self.wire_bytes,
+            pages=grant.pages if grant is not None else 0,
+            seconds=now_s - (self.granted_s or self.opened_s),
+            queued_s=self.queued_s(),
+            exposed_s=now_s - prefilled_s if outcome == "done" and prefilled_s is not None else None,
+            staged=self.kv is not None and not self.from_pool,
+            ahead_bytes=self.ahead_bytes,
+            early_bytes=self.early_bytes,
+            reason=reason,
+        )
+
     # --- with `lock` held ---
+
+    def finished_copying(self) -> None:
+        """One job less on its way to staging memory."""
+        self.copying -= 1
+        self._copied.notify_all()
+
+    def copied(self) -> bool:
+        """Wait until all that was offered is in staging memory; the lock is free meanwhile."""
+        done = self._copied.wait_for(lambda: self.dead or not self.copying, COPY_TIMEOUT_S)
+        return done and not self.dead and not self.from_pool
 
     def queue(self, part: Part) -> None:
         """Let a part go, or wait for the grant."""

@@ -45,7 +45,7 @@ from prfaas_sglang.transfer.export import DecodePeer, Export
 from prfaas_sglang.transfer.listener import Listener
 from prfaas_sglang.transfer.memory import PoolMemory
 from prfaas_sglang.transfer.store import Store
-from prfaas_sglang.transfer.telemetry import LinkSample, Telemetry, TransferRecord
+from prfaas_sglang.transfer.telemetry import LinkSample, Telemetry
 from prfaas_sglang.transfer.tls import Tls
 from prfaas_sglang.transfer.wire import ConnectionLost, Wire
 
@@ -147,14 +147,33 @@ class Exporter:
             export = self._exports.get(room)
         return None if export is None or export.dead else export.session.grant
 
-    def send_ahead(self, room: int, pages: Sequence[int], tensors: Sequence[int]) -> None:
-        """Queue some KV tensors of the next chunk's first pages (arguments as ExportSession.ahead).
+    def mark(self) -> object:
+        """Return a mark of what the engine has queued so far (see PoolMemory.mark)."""
+        return self._memory.mark()
 
-        Raises as `send`.
+    def send_ahead(
+        self,
+        room: int,
+        pages: Sequence[int],
+        tensors: Sequence[int],
+        *,
+        first: int | None = None,
+        mark: object = None,
+    ) -> bool:
+        """Queue some KV tensors of pages whose chunk is still computed (arguments as ExportSession.ahead).
+
+        `mark` is what `mark()` returned when the rows were final, by default now. False when nothing was
+        queued: without staging memory the pages would have to stay as they are until decode has them, and
+        the engine may still replace them by equal ones. Raises as `send`.
         """
         export = self._live(room)
+        mark = self._memory.mark() if mark is None else mark
         with export.lock:
-            self._store.offer(export, [export.session.ahead(pages, tensors, self._memory.mark())])
+            if not self._store.reserve(export):
+                return False
+            self._store.offer(export, [export.session.ahead(pages, tensors, mark, first=first)])
+            export.ahead_bytes += export.session.page_bytes(tensors) * len(pages)
+            return True
 
     def send(
         self,
@@ -174,10 +193,15 @@ class Exporter:
         with export.lock:
             self._store.reserve(export)
             parts = export.session.chunk(
-                pages, states=states, aux_row=aux_row, last=last, mark=self._memory.mark()
+                pages,
+                states=states,
+                aux_row=aux_row,
+                last=last,
+                mark=self._memory.mark(),
+                ahead_copied=export.session.moved(pages) and export.copied(),
             )
             if last:
-                export.prefill_end_s = time.monotonic()
+                export.prefill_end_s, export.early_bytes = time.monotonic(), export.sent_bytes
             self._store.offer(export, parts)
             export.commit()
 
@@ -437,24 +461,7 @@ class Exporter:
             peer = self._peer_of(channel)
             if peer is not None:
                 peer.transfers.pop(export.transfer, None)
-        now_s = time.monotonic()
-        grant, ended = export.session.grant, export.prefill_end_s
-        self._telemetry.record(
-            TransferRecord(
-                room=room,
-                role="send",
-                peer_site=export.sent_to[0],
-                outcome=outcome,
-                bytes=export.sent_bytes,
-                wire_bytes=export.wire_bytes,
-                pages=grant.pages if grant is not None else 0,
-                seconds=now_s - (export.granted_s or export.opened_s),
-                queued_s=export.queued_s(),
-                exposed_s=now_s - ended if outcome == "done" and ended is not None else None,
-                staged=export.kv is not None and not export.from_pool,
-                reason=reason,
-            )
-        )
+        self._telemetry.record(export.record(outcome, reason, time.monotonic()))
         if notify and not export.released:
             self._on_failed(room, reason)
         return export

@@ -153,7 +153,7 @@ class Store:
                 with export.lock:
                     export.queue(replace(group, mark=None))
         with export.lock:
-            export.copying -= 1
+            export.finished_copying()
             whole = export.whole and not export.dead and not export.released
             export.released |= whole
         if whole:

@@ -44,6 +44,8 @@ class TransferRecord:
         queued_s: how long the first piece that could go waited for others; send only.
         exposed_s: from the end of prefill to decode's word that all arrived; send only, None when it failed.
         staged: it went through staging memory.
+        ahead_bytes: row bytes queued layer by layer, before their chunk was computed; send only.
+        early_bytes: row bytes handed to TCP before prefill ended; send only.
     """
 
     room: int
@@ -58,6 +60,8 @@ class TransferRecord:
     queued_s: float = 0.0
     exposed_s: float | None = None
     staged: bool = False
+    ahead_bytes: int = 0
+    early_bytes: int = 0
 
 
 class StagingUse(Protocol):
@@ -131,6 +135,16 @@ class Telemetry:
             registry=self.registry,
             buckets=(1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 0.1),
         )
+        self._ahead = Counter(
+            "prfaas_transfer_ahead_bytes_total",
+            "Row bytes queued layer by layer, before their chunk was computed.",
+            registry=self.registry,
+        )
+        self._fallbacks = Counter(
+            "prfaas_layerwise_fallbacks_total",
+            "Batches of which some layers could not be sent ahead of their chunk.",
+            registry=self.registry,
+        )
         self._peers = Gauge(
             "prfaas_transfer_connections_count", "Open data connections.", registry=self.registry
         )
@@ -187,6 +201,10 @@ class Telemetry:
         finally:
             self._scheduler.labels(call).observe(time.perf_counter() - begin_s)
 
+    def fell_back(self) -> None:
+        """Count a batch that was not sent layer by layer, or not all of it."""
+        self._fallbacks.inc()
+
     def sampled(self, dst_site: str, bundle: str, sample: LinkSample) -> None:
         """Take a sample of the bundle `bundle` (any unique name) towards a site."""
         for name, gauge in self._gauges.items():
@@ -218,6 +236,7 @@ class Telemetry:
         if record.role == "receive":
             src, dst = dst, src
         self._bytes.labels(record.role, src, dst).inc(record.bytes)
+        self._ahead.inc(record.ahead_bytes)
         self._ended.labels(record.role, src, dst, record.outcome).inc()
         if record.outcome == "done":
             self._seconds.labels(record.role, src, dst).observe(record.seconds)

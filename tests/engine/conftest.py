@@ -111,12 +111,16 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
 
 @pytest.fixture(scope="session")
 def serve(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Serve:
+    """Servers forked from the run's fork server (see `server_of`)."""
+    return server_of(zygote, tmp_path_factory.mktemp("servers"))
+
+
+def server_of(zygote: Zygote, logs: Path) -> Serve:
     """serve(model_folder, flag=value, ...): a context manager around a healthy server.
 
     `page_size=64` is `--page-size 64`, `enable_cache_report=True` a bare flag; None leaves a flag out.
     `environment` adds variables. The server's process group is killed at the end.
     """
-    logs = tmp_path_factory.mktemp("servers")
 
     @contextlib.contextmanager
     def start(model: Path, environment: Mapping[str, str] | None = None, **flags: Any) -> Iterator[Server]:

@@ -76,24 +76,29 @@ def abort(server: Server, rid: str) -> None:
 
 @contextlib.contextmanager
 def pair(serve: Serve, model: Path, family: str, **flags: Any) -> Iterator[Pair]:
-    """Start both servers; `flags` are for decode, and `staging_bytes` for prefill's configuration."""
+    """Start both servers; `flags` are for decode, but `chunk` for both.
+
+    `staging_bytes` and `layerwise` go into prefill's configuration, `fault` names one of layer_faults.
+    """
     bootstrap_port, telemetry_port = free_port(), free_port()
     config = {"worker_id": "a-p", "site": "A", "listen_host": "127.0.0.1"}
-    staging = {key: flags.pop(key) for key in ("staging_bytes",) if key in flags}
+    sending = {key: flags.pop(key) for key in ("staging_bytes", "layerwise") if key in flags}
     shared: dict[str, Any] = {
         "disaggregation_transfer_backend": "prfaas",
-        "chunked_prefill_size": CHUNK,
+        "chunked_prefill_size": flags.pop("chunk", CHUNK),
         "enable_cache_report": True,
         "served_model_name": "tiny",
     }
     if family.startswith("gdn"):
         shared["mamba_radix_cache_strategy"] = "extra_buffer"
-    prefill_config = {**config, **staging, "telemetry_listen": f"127.0.0.1:{telemetry_port}"}
+    fault = flags.pop("fault", None)
+    faults = {"PRFAAS_TEST_FAULT": fault, "SGLANG_PLUGINS": "prfaas,layer_faults"} if fault else {}
+    prefill_config = {**config, **sending, "telemetry_listen": f"127.0.0.1:{telemetry_port}"}
     decode_config = {**config, "worker_id": "b-d", "site": "B"}
     with (
         serve(
             model,
-            {"PRFAAS_CONFIG": json.dumps(prefill_config)},
+            {"PRFAAS_CONFIG": json.dumps(prefill_config), **faults},
             disaggregation_mode="prefill",
             disaggregation_bootstrap_port=bootstrap_port,
             **shared,

@@ -348,6 +348,8 @@ def test_telemetry_answers_by_room() -> None:
             "queued_s": 0.0,
             "exposed_s": None,
             "staged": False,
+            "ahead_bytes": 0,
+            "early_bytes": 0,
         }
         with urllib.request.urlopen(f"{base}/metrics", timeout=WAIT_S) as answer:
             text = answer.read().decode()
