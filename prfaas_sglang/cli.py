@@ -26,6 +26,7 @@ example:
 
 the smallest fleet file:
   model: {path: tiny:gdn}
+  transfer: {tls: auto}
   sites:
     - {name: A, workers: [{name: a-prefill, role: prefill}]}
     - {name: B, workers: [{name: b-prefill, role: prefill}, {name: b-decode, role: decode}]}
@@ -44,6 +45,25 @@ example:
 
 Exit status 0 only when every output equals that of a single SGLang server, token for token, and remote and
 local routes and prefix hits in both sites were seen.
+"""
+
+
+CERTS_EXAMPLE = """\
+example:
+  prfaas certs pki --sites A,B
+  scp pki/ca.pem pki/A.pem pki/A.key worker.of.site.A:/etc/prfaas/      # and B's files to B
+  prfaas certs pki --sites C               # later: one more site, signed by the same authority
+
+writes, each only when it is not there yet:
+  ca.pem             the authority; every worker needs it
+  ca.key             signs new sites; keep it away from the workers
+  SITE.pem SITE.key  certificate and key of a site's workers; the key goes nowhere else
+
+then in the fleet file:     transfer: {tls: {ca: pki/ca.pem, cert: 'pki/{site}.pem', key: 'pki/{site}.key'}}
+or in PRFAAS_CONFIG:        "tls": {"ca": "/etc/prfaas/ca.pem", "cert": "...", "key": "..."}
+
+TLS 1.3, ECDSA P-256. A worker reads its files when it starts: replace a certificate before it expires, then
+restart the site's workers. On one machine `tls: auto` in the fleet file does all of this at each start.
 """
 
 
@@ -93,6 +113,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
     doctor.set_defaults(run=_doctor)
+
+    certs = _command(commands, "certs", "make the certificates that encrypt KV between sites", CERTS_EXAMPLE)
+    certs.add_argument("folder", type=Path, metavar="DIR", help="where the PEM files go")
+    certs.add_argument(
+        "--sites", required=True, metavar="A,B", help="names of the sites, as in the fleet file"
+    )
+    certs.add_argument("--days", type=int, default=365, metavar="N", help="validity, 1 to 3650; default 365")
+    certs.set_defaults(run=_certs)
 
     models = _command(commands, "models", "make checkpoints", "example:\n  prfaas models tiny --help\n")
     kinds = models.add_subparsers(required=True, metavar="KIND")
@@ -150,6 +178,18 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from prfaas_sglang.fleet import doctor
 
     return doctor.run(as_json=arguments.json)
+
+
+def _certs(arguments: argparse.Namespace) -> int:
+    from prfaas_sglang.fleet import certs
+
+    sites = [name.strip() for name in arguments.sites.split(",") if name.strip()]
+    certs.make(arguments.folder, sites, days=arguments.days)
+    for site in sites:
+        files = certs.files_of(arguments.folder, site)
+        print(f"site {site}: {files.ca} {files.cert} {files.key}")
+    print(f"keep {arguments.folder / 'ca.key'} away from the workers: it signs new sites")
+    return 0
 
 
 def _tiny(arguments: argparse.Namespace) -> int:

@@ -43,7 +43,11 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         layerwise: a prefill worker sends a layer's KV while the later layers of the same chunk are computed
             (needs staging memory).
         connections: TCP connections that a decode worker opens to each prefill rank, 1 to 64.
-        tls: mutual TLS on the data connections; None sends KV in the clear.
+        tls: mutual TLS on the data connections.
+        insecure: True sends KV over plain TCP instead, readable and writable by anyone on the way. Exactly
+            one of `tls` and `insecure` is given, so that plain TCP is nobody's accident.
+        peer_sites: sites whose workers this one exchanges KV with; empty for any. With `tls` the peer's
+            certificate proves its site, without it the peer's word is taken.
     """
 
     worker_id: str
@@ -55,6 +59,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layerwise: bool = False
     connections: int = 4
     tls: TlsConfig | None = None
+    insecure: bool = False
+    peer_sites: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raise ConfigError naming the first field that is wrong."""
@@ -74,6 +80,21 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(f"{ENVIRONMENT_VARIABLE}.layerwise: needs staging_bytes above 0")
         if not 1 <= self.connections <= 64:
             raise ConfigError(f"{ENVIRONMENT_VARIABLE}.connections: {self.connections} is not in 1..64")
+        for site in self.peer_sites:
+            parse_name(site, field=f"{ENVIRONMENT_VARIABLE}.peer_sites")
+        check_encryption(
+            ENVIRONMENT_VARIABLE, "{ca, cert, key}", tls=self.tls is not None, insecure=self.insecure
+        )
+
+
+def check_encryption(field: str, tls_values: str, *, tls: bool, insecure: bool) -> None:
+    """Raise ConfigError unless exactly one of `tls` and `insecure` is given."""
+    if tls == insecure:
+        found = "both are" if tls else "neither is"
+        raise ConfigError(
+            f"{field}: give either tls: {tls_values}, which encrypts KV and authenticates both sides, or "
+            f"insecure: true, which sends it over plain TCP; {found} given"
+        )
 
 
 def load(environment: Mapping[str, str] = os.environ) -> WorkerConfig | None:

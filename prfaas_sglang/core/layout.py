@@ -14,7 +14,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from cache_service.core.errors import RemoteProtocolError
+from cache_service.core.errors import ConfigError, RemoteProtocolError
+from cache_service.core.ids import parse_name
 
 #: Component number of the KV pages; state components follow as 1, 2, ...; the aux component is the last.
 KV = 0
@@ -115,7 +116,8 @@ def differences(ours: Layout, theirs: dict[str, Any]) -> list[str]:
 def _kinds(components: object) -> str:
     if not isinstance(components, list):
         return "none"
-    return ", ".join(str(c.get("kind")) if isinstance(c, dict) else "?" for c in components[:16]) or "none"
+    kinds = ", ".join(str(c.get("kind"))[:16] if isinstance(c, dict) else "?" for c in components[:16])
+    return kinds.encode("unicode_escape").decode() or "none"
 
 
 def _short(value: object, limit: int = 120) -> str:
@@ -151,6 +153,7 @@ class Hello:
 
 #: Connections in one bundle, at most.
 MAX_CONNECTIONS = 64
+MAX_RANK = 65535
 
 
 def encode_hello(hello: Hello) -> bytes:
@@ -186,21 +189,22 @@ def decode_hello(payload: bytes) -> Hello:
         ("index", int),
     )
     for key, kind in fields:
-        if not isinstance(value.get(key), kind):
+        if type(value.get(key)) is not kind:  # not isinstance: JSON's true is no number
             raise RemoteProtocolError(f"hello.{key}: missing or not {kind.__name__}", reason="hello")
     if value["role"] not in ("prefill", "decode"):
         raise RemoteProtocolError("hello.role: accepted values are prefill and decode", reason="hello")
-    if not 0 <= value["index"] < MAX_CONNECTIONS or len(value["bundle"]) > 64:
+    for key in ("site", "worker"):  # they become log fields and metric labels
+        try:
+            parse_name(value[key], field=f"hello.{key}")
+        except ConfigError:
+            raise RemoteProtocolError(f"hello.{key}: is not a name", reason="hello") from None
+    if not 0 <= value["rank"] <= MAX_RANK:
+        raise RemoteProtocolError(f"hello.rank: not in 0..{MAX_RANK}", reason="hello")
+    if not 0 <= value["index"] < MAX_CONNECTIONS:
         raise RemoteProtocolError(f"hello.index: not in 0..{MAX_CONNECTIONS - 1}", reason="hello")
-    return Hello(
-        value["role"],
-        value["site"][:64],
-        value["worker"][:64],
-        value["rank"],
-        value["layout"],
-        value["bundle"],
-        value["index"],
-    )
+    if len(value["bundle"]) > 64 or not value["bundle"].isascii() or not value["bundle"].isprintable():
+        raise RemoteProtocolError("hello.bundle: not up to 64 ASCII characters", reason="hello")
+    return Hello(**{key: value[key] for key, _ in fields})
 
 
 def check_layout(layout: Layout) -> None:

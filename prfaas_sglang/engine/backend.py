@@ -58,7 +58,9 @@ class PrfaasManager(CommonKVManager):
             tls = Tls(TlsFiles(worker.tls.ca, worker.tls.cert, worker.tls.key))
         else:
             logger.warning("kv_in_the_clear worker=%s hint=set tls in PRFAAS_CONFIG", worker.worker_id)
-        identity = Identity(mode.value, worker.site, worker.worker_id, self.attn_tp_rank, layout)
+        identity = Identity(
+            mode.value, worker.site, worker.worker_id, self.attn_tp_rank, layout, worker.peer_sites
+        )
         self.telemetry = telemetry.Telemetry(worker.site)
         if mode == DisaggregationMode.PREFILL:
             self.exporter = Exporter(

@@ -14,12 +14,17 @@ import yaml
 
 from cache_service.core.errors import ConfigError
 from cache_service.core.ids import parse_name
-from prfaas_sglang.config import ENVIRONMENT_VARIABLE, WorkerConfig
+from prfaas_sglang.config import ENVIRONMENT_VARIABLE, WorkerConfig, check_encryption
 from prfaas_sglang.fleet.explain import StrictLoader, explain
 
 #: What `model.path: tiny:FAMILY` builds; the families themselves are in prfaas_sglang/cpu/models.py.
 TINY = "tiny:"
 TINY_FAMILIES = ("dense", "gdn", "gdn-moe", "swa")
+
+#: Keys of `transfer` that are passed on to every worker as they are.
+OPTIONS = ("frame_bytes", "connections", "layerwise")
+#: What `transfer.tls: auto` is.
+AUTO = "auto"
 
 Role = Literal["prefill", "decode"]
 
@@ -110,29 +115,45 @@ class TransferTls(_Section, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class Transfer(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How KV moves.
+    """How KV moves. Exactly one of `tls` and `insecure` is given.
 
     Attributes:
         backend: prfaas, or mooncake_tcp: SGLang's stock TCP backend, for comparison.
         frame_bytes, connections, layerwise: passed on to every worker (prfaas_sglang/config.py has the
             defaults); prfaas only.
-        tls: encrypts KV between the workers and has both sides show certificates; prfaas only.
+        tls: encrypts KV between the workers and has both sides show certificates; prfaas only. auto makes
+            an authority and certificates for every start, in the run directory.
+        insecure: true sends KV over plain TCP.
     """
 
     backend: Literal["prfaas", "mooncake_tcp"] = "prfaas"
     frame_bytes: int | None = None
     connections: int | None = None
     layerwise: bool | None = None
-    tls: TransferTls | None = None
+    tls: TransferTls | Literal["auto"] | None = None
+    insecure: bool = False
 
-    def worker_options(self, site: str) -> dict[str, Any]:
+    def tls_of(self, site: str, certificates: Path) -> dict[str, str] | None:
+        """The PEM files of one site's workers; `certificates` is where auto puts them."""
+        tls = self.tls
+        if tls == AUTO:
+            names = {"ca": "ca.pem", "cert": "{site}.pem", "key": "{site}.key"}
+            tls = TransferTls(**{name: str(certificates / file) for name, file in names.items()})
+        return tls and tls.of_site(site)
+
+    def worker_options(self, site: str, certificates: Path) -> dict[str, Any]:
         """What is passed on to every worker of a site."""
-        given: dict[str, Any] = {
-            name: getattr(self, name) for name in ("frame_bytes", "connections", "layerwise")
-        }
-        if self.tls is not None:
-            given["tls"] = self.tls.of_site(site)
+        given: dict[str, Any] = {name: getattr(self, name) for name in OPTIONS}
+        given |= {"tls": self.tls_of(site, certificates), "insecure": self.insecure or None}
         return {name: value for name, value in given.items() if value is not None}
+
+    def over(self, backend: Literal["prfaas", "mooncake_tcp"]) -> Transfer:
+        """The same over another backend; the stock one has no options and no encryption."""
+        if backend == self.backend:
+            return self
+        if backend == "prfaas":
+            return msgspec.structs.replace(self, backend=backend)
+        return Transfer(backend=backend, insecure=True)
 
 
 class Routing(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -226,6 +247,10 @@ class Fleet(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 fields.append((f"{field}.port", worker.host, worker.port))
                 fields.append((f"{field}.bootstrap_port", worker.host, worker.bootstrap_port))
         return [entry for entry in fields if entry[2]]
+
+    def peer_sites(self, role: Role) -> list[str]:
+        """The sites with which a worker of this role exchanges KV: those that have the other role."""
+        return [s.name for s in self.sites if any(w.role != role for w in s.workers)]
 
     def workers(self) -> list[tuple[Site, Worker]]:
         """Every worker with its site, in file order."""
@@ -368,19 +393,42 @@ def _check_engine(fleet: Fleet) -> None:
 
 def _check_transfer(fleet: Fleet) -> None:
     transfer = fleet.transfer
-    options = transfer.worker_options("any")
-    if options and transfer.backend != "prfaas":
-        raise ConfigError(
-            f"transfer.{next(iter(options))}: backend is {transfer.backend}; accepted with prfaas only"
-        )
+    if transfer.backend != "prfaas":
+        for name in (*OPTIONS, "tls"):
+            if getattr(transfer, name) is not None:
+                raise ConfigError(
+                    f"transfer.{name}: backend is {transfer.backend}; accepted with prfaas only"
+                )
+        if not transfer.insecure:
+            raise ConfigError(
+                f"transfer.insecure: backend {transfer.backend} has no encryption; "
+                "accepted with it: true, which sends KV over plain TCP"
+            )
+        return
+    check_encryption(
+        "transfer",
+        "auto (or {ca, cert, key})",
+        tls=transfer.tls is not None,
+        insecure=transfer.insecure,
+    )
+    options = transfer.worker_options("any", Path())
     try:
         msgspec.structs.replace(WorkerConfig(worker_id="any", site="any"), **options).check()
     except ConfigError as error:
         raise ConfigError(str(error).replace(ENVIRONMENT_VARIABLE, "transfer")) from error
-    if transfer.tls is None:
-        return
-    for site in fleet.sites:
-        for name, path in transfer.tls.of_site(site.name).items():
+    if transfer.tls is not None:
+        _check_certificates(fleet, transfer.tls)
+
+
+def _check_certificates(fleet: Fleet, tls: TransferTls | Literal["auto"]) -> None:
+    seen: dict[str, str] = {}
+    for i, site in enumerate(fleet.sites):
+        known = seen.setdefault(site.name.lower(), site.name)
+        if known != site.name:
+            raise ConfigError(f"sites[{i}].name: {site.name!r} and {known!r} are the same to a certificate")
+        if tls == AUTO:
+            continue
+        for name, path in tls.of_site(site.name).items():
             if not Path(path).is_file():
                 raise ConfigError(f"transfer.tls.{name}: no file {path} (for site {site.name})")
 

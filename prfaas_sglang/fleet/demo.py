@@ -55,7 +55,7 @@ def run(
     progress = Progress(console)
     fleet = config.load(file) if file else config.parse(up.example(), where="demo.yaml")
     if backend:
-        fleet = structs.replace(fleet, transfer=structs.replace(fleet.transfer, backend=backend))
+        fleet = structs.replace(fleet, transfer=fleet.transfer.over(backend))
     if json_file and not _writable(json_file):
         raise ConfigError(f"--json: cannot write {json_file}")
     directory = up.prepare(run_dir)
@@ -94,7 +94,8 @@ def describe(fleet: Fleet) -> str:
         f"site {site.name}: " + ", ".join(f"{worker.name} ({worker.role})" for worker in site.workers)
         for site in fleet.sites
     )
-    return f"{fleet.model.path}, KV over {fleet.transfer.backend}; {sites}"
+    how = "in the clear" if fleet.transfer.insecure else "encrypted"
+    return f"{fleet.model.path}, KV over {fleet.transfer.backend}, {how}; {sites}"
 
 
 def say_verdict(progress: Progress, verdict: report.Verdict, ready_s: float, total_s: float) -> None:

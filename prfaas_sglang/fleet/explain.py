@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import msgspec
 import yaml
@@ -47,6 +48,10 @@ def accepted(declared: Any) -> list[str]:
     """Return the keys of a section or the values of a choice, [] for any other type."""
     if isinstance(declared, type) and issubclass(declared, msgspec.Struct):
         return [field.name for field in msgspec.structs.fields(declared)]
+    if isinstance(declared, UnionType) or get_origin(declared) is Union:
+        return [
+            value for part in get_args(declared) if get_origin(part) is Literal for value in accepted(part)
+        ]
     return [str(value) for value in get_args(declared)] if get_origin(declared) is Literal else []
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from cache_service.core.errors import ConfigError, DeadlineExceeded
 from prfaas_sglang.cpu.zygote import Zygote
-from prfaas_sglang.fleet import specs
-from prfaas_sglang.fleet.config import TINY, Fleet
+from prfaas_sglang.fleet import certs, specs
+from prfaas_sglang.fleet.config import AUTO, TINY, Fleet
 from prfaas_sglang.fleet.ports import PortPlan
 from prfaas_sglang.fleet.processes import Process, Started, died, wait_ready
 from prfaas_sglang.fleet.progress import Progress
@@ -85,6 +85,8 @@ class Launcher(Supervisor):
                 self.start_zygote()
             with self.progress.step("model"):
                 self.model = self._resolve_model()
+            if self.fleet.transfer.tls == AUTO:
+                self._make_certificates()
             self.plan = plan = specs.build(self.fleet, self.model, self.run_dir, claimed)
             for spec in (*plan.services, *plan.engines):
                 self._write_files(spec)
@@ -144,6 +146,12 @@ class Launcher(Supervisor):
         if status == 2:
             raise ConfigError(f"model.path: {text}")
         return Path(text)
+
+    def _make_certificates(self) -> None:
+        """Make an authority that can sign nothing more, and each site's certificate."""
+        folder, sites = self.run_dir / specs.CERTIFICATES, [site.name for site in self.fleet.sites]
+        certs.remove(folder, sites)  # a run directory may be used again
+        certs.make(folder, sites, keep_ca_key=False)
 
     def _wait_imports(self, zygote: Zygote) -> None:
         """Wait for the fork server, looking after the processes that run already."""

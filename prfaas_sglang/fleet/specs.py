@@ -15,6 +15,8 @@ from prfaas_sglang.fleet.config import Fleet, Site, Worker
 from prfaas_sglang.fleet.ports import PortPlan
 
 LOOPBACK = "127.0.0.1"
+#: Folder of `transfer.tls: auto` in the run directory.
+CERTIFICATES = "certificates"
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +224,8 @@ def _engine(
             "site": site.name,
             "listen_host": worker.host,
             "telemetry_listen": f"{LOOPBACK}:{ports.telemetry}",
-            **fleet.transfer.worker_options(site.name),
+            "peer_sites": fleet.peer_sites(worker.role),
+            **fleet.transfer.worker_options(site.name, run_dir / CERTIFICATES),
         }
         name = f"{worker.name}.transfer.json"
         files[name] = json.dumps(config, indent=1)

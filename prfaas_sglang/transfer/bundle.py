@@ -24,6 +24,8 @@ from prfaas_sglang.transfer.telemetry import LinkSample
 from prfaas_sglang.transfer.wire import Buffer, ConnectionLost, Wire
 
 SAMPLE_S = 0.02
+#: Control frames that wait for one connection: more than every room of a busy worker needs.
+MAX_CONTROL = 8192
 
 Job = Callable[[Wire], None]
 SendPiece = Callable[[Wire, int, Piece], None]
@@ -89,11 +91,15 @@ class Bundle:
 
     # --- producers ---
 
-    def post(self, index: int, kind: FrameType, transfer: int, parts: Sequence[Buffer]) -> None:
-        """Queue a control frame on one connection."""
+    def post(self, index: int, kind: FrameType, transfer: int, parts: Sequence[Buffer]) -> bool:
+        """Queue a control frame on one connection; False when MAX_CONTROL wait there already."""
         with self._condition:
-            self._control.setdefault(index, deque()).append((kind, transfer, parts))
+            queue = self._control.setdefault(index, deque())
+            if len(queue) >= MAX_CONTROL:
+                return False
+            queue.append((kind, transfer, parts))
             self._condition.notify_all()
+            return True
 
     def add(self, transfer: int, deadline_s: float, pieces: Iterator[Piece]) -> None:
         """Queue a chunk of a transfer for whichever connection is free."""

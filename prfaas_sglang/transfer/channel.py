@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 PING_S = 5.0
 MISSED = 3
+#: For both hellos together, however slowly their bytes come.
 HANDSHAKE_S = 10.0
 #: How long a failed write waits for what the peer still had to say.
 LAST_WORDS_S = 1.0
@@ -42,6 +44,7 @@ class Identity:
         site, worker: names for logs and metrics.
         rank: attention tensor-parallel rank.
         layout: pools' layout.
+        peer_sites: sites whose workers are talked to, empty for any.
     """
 
     role: str
@@ -49,6 +52,7 @@ class Identity:
     worker: str
     rank: int
     layout: Layout
+    peer_sites: tuple[str, ...] = ()
 
     def hello(self, bundle: str = "", index: int = 0) -> bytes:
         """Return this side's HELLO payload."""
@@ -77,8 +81,9 @@ def dial_hello(wire: Wire, identity: Identity, bundle: str, index: int) -> Hello
 
     Raises LayoutMismatch or RemoteProtocolError (after telling the peer why), ConnectionLost.
     """
-    wire.send(FrameType.HELLO, 0, [identity.hello(bundle, index)])
-    return receive_hello(wire, identity)
+    with wire.within(HANDSHAKE_S):
+        wire.send(FrameType.HELLO, 0, [identity.hello(bundle, index)])
+        return _receive_hello(wire, identity)
 
 
 def receive_hello(wire: Wire, identity: Identity) -> Hello:
@@ -86,6 +91,11 @@ def receive_hello(wire: Wire, identity: Identity) -> Hello:
 
     Raises as `dial_hello`.
     """
+    with wire.within(HANDSHAKE_S):
+        return _receive_hello(wire, identity)
+
+
+def _receive_hello(wire: Wire, identity: Identity) -> Hello:
     header = wire.read_header(HANDSHAKE_S)
     if header is None:
         raise ConnectionLost(f"no hello within {HANDSHAKE_S:.0f} s")
@@ -98,24 +108,32 @@ def receive_hello(wire: Wire, identity: Identity) -> Hello:
     try:
         hello = decode_hello(wire.read_payload(header))
         wire.check_site(hello.site)
-        if hello.role == identity.role:
-            raise RemoteProtocolError(f"hello.role: both sides are {hello.role}", reason="role")
-        if hello.rank != identity.rank:
-            raise RemoteProtocolError(
-                f"hello.rank: {hello.rank}, this is rank {identity.rank}", reason="rank"
-            )
-        found = differences(identity.layout, hello.layout)
-        if found:
-            raise LayoutMismatch("layouts differ: " + "; ".join(found[:4]))
+        _check_peer(hello, identity)
     except RemoteProtocolError as error:
         refuse(wire, error)
         raise
     return hello
 
 
+def _check_peer(hello: Hello, identity: Identity) -> None:
+    """Raise RemoteProtocolError when the peer is nobody to exchange KV with."""
+    if identity.peer_sites and hello.site not in identity.peer_sites:
+        raise RemoteProtocolError(
+            f"hello.site: {hello.site} is not in peer_sites of {identity.worker}", reason="site"
+        )
+    if hello.role == identity.role:
+        raise RemoteProtocolError(f"hello.role: both sides are {hello.role}", reason="role")
+    if hello.rank != identity.rank:
+        raise RemoteProtocolError(f"hello.rank: {hello.rank}, this is rank {identity.rank}", reason="rank")
+    found = differences(identity.layout, hello.layout)
+    if found:
+        raise LayoutMismatch("layouts differ: " + "; ".join(found[:4]))
+
+
 def refuse(wire: Wire, error: PrfaasError) -> None:
-    """Tell the peer why its connection ends."""
-    wire.send(FrameType.ABORT, 0, [encode_reason(str(error))])
+    """Tell the peer why its connection ends, if it still listens."""
+    with suppress(PrfaasError):
+        wire.send(FrameType.ABORT, 0, [encode_reason(str(error))])
 
 
 class Channel:
@@ -156,8 +174,12 @@ class Channel:
         self._handler.lost(self, error)
 
     def post(self, kind: FrameType, transfer: int, parts: Sequence[Buffer] = ()) -> None:
-        """Send a control frame from this connection's writer thread, before any data; returns at once."""
-        self.bundle.post(self.index, kind, transfer, parts)
+        """Send a control frame from this connection's writer thread, before any data; returns at once.
+
+        A peer that makes us say more than it reads loses its connection.
+        """
+        if not self.bundle.post(self.index, kind, transfer, parts):
+            self.fail(ConnectionLost("the peer does not read what it is told"))
 
     def fail(self, error: PrfaasError) -> None:
         """End the channel for a reason; idempotent, the first reason counts."""

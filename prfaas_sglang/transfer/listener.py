@@ -1,26 +1,72 @@
 """Accepts decode workers: TCP, TLS, hello, and only then a place in the exporter.
 
-Every connection is welcomed on a thread of its own, so that a silent or slow one holds up nobody.
+Every connection is welcomed on a thread of its own, so that a silent or slow one holds up nobody. How long
+that may take is bounded (`HANDSHAKE_S` for TLS, as much for the hello), and so is how many may be at it.
 """
 
 from __future__ import annotations
 
 import logging
 import socket
+import ssl
 import threading
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from cache_service.core.errors import PrfaasError
+from cache_service.core.errors import PrfaasError, RemoteProtocolError
 from prfaas_sglang.core.framing import FrameType
 from prfaas_sglang.core.layout import Hello
 from prfaas_sglang.transfer.channel import Channel, Identity, receive_hello, refuse
 from prfaas_sglang.transfer.telemetry import Telemetry
-from prfaas_sglang.transfer.tls import Tls
-from prfaas_sglang.transfer.wire import Wire, tune
+from prfaas_sglang.transfer.tls import Tls, shake, shutdown
+from prfaas_sglang.transfer.wire import ConnectionLost, Wire, tune
 
 logger = logging.getLogger(__name__)
 
 Admit = Callable[[Wire, Hello], Channel]
+
+#: Connections that have not introduced themselves yet: twice what MAX_PEERS honest workers need, who dial one
+#: after the other. Each costs a thread and at most a hello of memory.
+MAX_WAITING = 512
+ACCEPT_PAUSE_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Guest:
+    """A connection that has not introduced itself yet."""
+
+    sock: socket.socket
+    host: str
+
+
+class _Lobby:
+    """The guests. When it is full a newcomer gets the place of another one. Thread-safe.
+
+    The one who goes is the oldest of the address that has most: silent connections crowd out each other, and
+    a peer that speaks at once is through before it is the oldest.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._places = places
+        self._lock = threading.Lock()
+        self._guests: dict[_Guest, None] = {}  # oldest first
+
+    def enter(self, guest: _Guest) -> None:
+        """Give a newcomer a place."""
+        with self._lock:
+            if len(self._guests) >= self._places:
+                counts = Counter(other.host for other in self._guests)
+                crowd = max(counts, key=counts.__getitem__)
+                oldest = next(other for other in self._guests if other.host == crowd)
+                del self._guests[oldest]
+                shutdown(oldest.sock)  # its thread closes it
+            self._guests[guest] = None
+
+    def leave(self, guest: _Guest) -> None:
+        """Take a guest out, before its socket is closed; nothing when it was sent away."""
+        with self._lock:
+            self._guests.pop(guest, None)
 
 
 class Listener:
@@ -39,7 +85,8 @@ class Listener:
         self._admit = admit
         self._tls = tls
         self._listener: socket.socket | None = None
-        self._closed = False
+        self._closed = threading.Event()
+        self._lobby = _Lobby(MAX_WAITING)
 
     def listen(self, host: str, port: int) -> int:
         """Bind and accept in the background; return the port (useful for port 0).
@@ -54,7 +101,7 @@ class Listener:
 
     def close(self) -> None:
         """Stop listening."""
-        self._closed = True
+        self._closed.set()
         if self._listener is not None:
             try:
                 self._listener.shutdown(socket.SHUT_RDWR)
@@ -63,32 +110,46 @@ class Listener:
             self._listener.close()
 
     def _accept_loop(self, listener: socket.socket) -> None:
-        while not self._closed:
+        while not self._closed.is_set():
             try:
                 sock, address = listener.accept()
             except OSError as error:
-                if self._closed:
-                    return
-                logger.warning("accept_failed %s", error)
+                if not self._closed.is_set():
+                    logger.warning("accept_failed %s", error)
+                self._closed.wait(ACCEPT_PAUSE_S)  # out of descriptors: it would fail again at once
                 continue
-            threading.Thread(
-                target=self._welcome, args=(sock, address), name="prfaas-welcome", daemon=True
-            ).start()
+            try:
+                self._receive(sock, str(address[0]))
+            except PrfaasError as error:
+                sock.close()
+                self._refused(str(address[0]), error)
 
-    def _welcome(self, sock: socket.socket, address: object) -> None:
+    def _receive(self, sock: socket.socket, host: str) -> None:
+        tune(sock)
+        guest = _Guest(self._tls.wrap(sock) if self._tls is not None else sock, host)
+        self._lobby.enter(guest)
         try:
-            tune(sock)
-            wire = Wire(self._tls.accept(sock) if self._tls is not None else sock)
-        except PrfaasError as error:
-            self._refused(address, error)
-            return
+            threading.Thread(target=self._welcome, args=(guest,), name="prfaas-welcome", daemon=True).start()
+        except RuntimeError as error:  # no more threads
+            self._send_away(guest, ConnectionLost(str(error)))
+
+    def _welcome(self, guest: _Guest) -> None:
+        sock = guest.sock
         try:
+            if isinstance(sock, ssl.SSLSocket):
+                shake(sock)
+            wire = Wire(sock)
             hello = receive_hello(wire, self._identity)
             channel = self._place(wire, hello)
         except PrfaasError as error:
-            self._refused(address, error)
-            wire.release()
+            self._send_away(guest, error)
             return
+        except Exception as error:
+            # a bug must end this connection, not leave it open
+            logger.exception("welcome_failed")
+            self._send_away(guest, RemoteProtocolError(f"internal: {error}", reason="internal"))
+            return
+        self._lobby.leave(guest)
         self._telemetry.connected(+1)
         try:
             # only now: the peer dials the bundle's other connections when it has our hello
@@ -108,6 +169,12 @@ class Listener:
             refuse(wire, error)
             raise
 
-    def _refused(self, address: object, error: PrfaasError) -> None:
-        logger.warning("peer_refused address=%s reason=%s", address, error)
+    def _send_away(self, guest: _Guest, error: PrfaasError) -> None:
+        self._refused(guest.host, error)
+        self._lobby.leave(guest)
+        shutdown(guest.sock)
+        guest.sock.close()
+
+    def _refused(self, host: str, error: PrfaasError) -> None:
+        logger.warning("peer_refused address=%s reason=%s", host, error)
         self._telemetry.refused(error.reason)

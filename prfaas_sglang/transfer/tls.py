@@ -11,6 +11,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from cache_service.core.errors import ConfigError, RemoteProtocolError
@@ -40,27 +41,55 @@ class Tls:
         self._server = _context(ssl.PROTOCOL_TLS_SERVER, files)
         self._client = _context(ssl.PROTOCOL_TLS_CLIENT, files)
 
-    def accept(self, sock: socket.socket) -> ssl.SSLSocket:
-        """Shake hands as the listening side. Raises TlsRefused."""
-        return self._shake(self._server, sock, server_side=True)
+    def wrap(self, sock: socket.socket) -> ssl.SSLSocket:
+        """Return the listening side of a connection before its handshake (see `shake`); no I/O.
+
+        Raises TlsRefused when the peer is gone already.
+        """
+        try:
+            return self._server.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        except (OSError, ValueError) as error:
+            raise TlsRefused(f"TLS handshake failed: {error}") from error
 
     def connect(self, sock: socket.socket) -> ssl.SSLSocket:
-        """Shake hands as the dialing side. Raises TlsRefused."""
-        return self._shake(self._client, sock, server_side=False)
-
-    @staticmethod
-    def _shake(context: ssl.SSLContext, sock: socket.socket, *, server_side: bool) -> ssl.SSLSocket:
-        sock.settimeout(HANDSHAKE_S)
+        """Shake hands as the dialing side. Raises TlsRefused, the socket closed."""
         try:
-            return context.wrap_socket(sock, server_side=server_side)
+            wrapped = self._client.wrap_socket(sock, do_handshake_on_connect=False)
         except (OSError, ValueError) as error:
             sock.close()
             raise TlsRefused(f"TLS handshake failed: {error}") from error
+        try:
+            shake(wrapped)
+        except TlsRefused:
+            wrapped.close()
+            raise
+        return wrapped
+
+
+def shake(sock: ssl.SSLSocket) -> None:
+    """Shake hands within HANDSHAKE_S, however slowly the bytes come. Raises TlsRefused."""
+    sock.settimeout(HANDSHAKE_S)
+    try:
+        sock.do_handshake()
+    except (OSError, ValueError) as error:
+        raise TlsRefused(f"TLS handshake failed: {error}") from error
+
+
+def shutdown(sock: socket.socket) -> None:
+    """End a connection in both directions; wakes threads that wait on it.
+
+    SSLSocket's own shutdown first forgets that the socket is encrypted: a thread that sends in that moment
+    would send in the clear.
+    """
+    with suppress(OSError):  # not connected any more
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def _context(protocol: int, files: TlsFiles) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    if protocol == ssl.PROTOCOL_TLS_SERVER:
+        context.num_tickets = 0  # no resumption: every connection shows its certificate
     context.check_hostname = False  # the site is checked instead, see `check_site`
     context.verify_mode = ssl.CERT_REQUIRED
     try:

@@ -7,12 +7,13 @@ writes and `close()` wakes both. Nothing here interprets a payload.
 from __future__ import annotations
 
 import contextlib
+import math
 import select
 import socket
 import ssl
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import xxhash
 
@@ -25,7 +26,7 @@ from prfaas_sglang.core.framing import (
     encode_header,
 )
 from prfaas_sglang.transfer.tcp_info import TcpInfo, read_tcp_info
-from prfaas_sglang.transfer.tls import PlainStream, TlsStream, check_site
+from prfaas_sglang.transfer.tls import PlainStream, TlsStream, check_site, shutdown
 
 #: A peer that takes or gives no byte for this long in the middle of a frame is gone.
 IO_TIMEOUT_S = 20.0
@@ -85,6 +86,7 @@ class Wire:
             TlsStream(sock) if isinstance(sock, ssl.SSLSocket) else PlainStream(sock)
         )
         self._closed = False
+        self._deadline_s = math.inf
         self._lowat = 1
         self._readable = select.poll()
         self._readable.register(sock, select.POLLIN)
@@ -216,15 +218,30 @@ class Wire:
 
     # --- life ---
 
+    @contextlib.contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Bound everything that is read and written meanwhile, all waits together, not each one.
+
+        A peer that sends a byte now and then stays below every other bound.
+        """
+        self._deadline_s = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._deadline_s = math.inf
+
     def _wait(self, poller: select.poll, timeout_s: float, what: str) -> None:
         deadline = time.monotonic() + timeout_s
         while True:
             if self._closed:
                 raise ConnectionLost("closed")
-            left = deadline - time.monotonic()
+            now_s = time.monotonic()
+            if now_s > self._deadline_s:
+                raise ConnectionLost("the peer is too slow")
+            left = min(deadline, self._deadline_s) - now_s
             if poller.poll(max(0.0, left) * 1000):
                 return
-            if left <= 0:
+            if now_s >= deadline:
                 error = f"{what} for {timeout_s:.0f} s"
                 if poller is self._writable:
                     raise ConnectionLost(error)
@@ -233,10 +250,7 @@ class Wire:
     def close(self) -> None:
         """End the connection in both directions; wakes a thread that waits on it. Idempotent."""
         self._closed = True
-        try:
-            self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return  # not connected any more
+        shutdown(self._sock)
 
     def release(self) -> None:
         """Free the descriptor, once both threads have left."""

@@ -10,7 +10,6 @@ import pytest
 
 from prfaas_sglang.fleet import up
 from tests.e2e.fleet import run_cli
-from tests.integration.authority import Authority
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -71,16 +70,13 @@ def test_the_same_demo_runs_over_the_stock_backend(tmp_path: Path) -> None:
     assert "21 of 21 outputs identical" in done.stdout
 
 
-def test_the_demo_runs_encrypted(tmp_path: Path) -> None:
-    """With one block in the fleet file KV crosses under mutual TLS, and the outputs stay identical."""
-    authority = Authority(tmp_path, "fleet")
-    for site in ("A", "B"):
-        authority.files(site)
-    tls = (
-        f"{{ca: {authority.ca}, cert: '{tmp_path}/fleet-{{site}}.crt', key: '{tmp_path}/fleet-{{site}}.key'}}"
-    )
+def test_the_demo_runs_with_certificates_of_ones_own(tmp_path: Path) -> None:
+    """With those of `prfaas certs` KV crosses under mutual TLS, and the outputs stay identical."""
+    assert run_cli("certs", str(tmp_path / "pki"), "--sites", "A,B").returncode == 0
+    pki = tmp_path / "pki"
+    tls = f"{{ca: {pki}/ca.pem, cert: '{pki}/{{site}}.pem', key: '{pki}/{{site}}.key'}}"
     file = tmp_path / "demo.yaml"
-    file.write_text(up.example().replace("transfer:\n", f"transfer:\n  tls: {tls}\n"))
+    file.write_text(up.example().replace("tls: auto", f"tls: {tls}"))
     done = run_cli("demo", "-f", str(file), "--run-dir", str(tmp_path / "run"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "21 of 21 outputs identical" in done.stdout

@@ -20,6 +20,7 @@ FILE = """
 model: {path: tiny:gdn}
 engine: {context_length: 1024, max_total_tokens: 4096, chunked_prefill_size: 256}
 routing: {threshold_tokens: 256}
+transfer: {tls: auto}
 sites:
   - {name: A, workers: [{name: a-p, role: prefill}]}
   - {name: B, workers: [{name: b-p, role: prefill}, {name: b-d, role: decode}]}

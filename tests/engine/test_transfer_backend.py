@@ -81,7 +81,7 @@ def pair(serve: Serve, model: Path, family: str, **flags: Any) -> Iterator[Pair]
     `staging_bytes` and `layerwise` go into prefill's configuration, `fault` names one of layer_faults.
     """
     bootstrap_port, telemetry_port = free_port(), free_port()
-    config = {"worker_id": "a-p", "site": "A", "listen_host": "127.0.0.1"}
+    config = {"worker_id": "a-p", "site": "A", "listen_host": "127.0.0.1", "insecure": True}
     sending = {key: flags.pop(key) for key in ("staging_bytes", "layerwise") if key in flags}
     shared: dict[str, Any] = {
         "disaggregation_transfer_backend": "prfaas",

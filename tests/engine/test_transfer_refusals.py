@@ -19,21 +19,26 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
     [
         (
             ["--enable-mixed-chunk"],
-            {"worker_id": "w", "site": "A"},
+            {"worker_id": "w", "site": "A", "insecure": True},
             "--enable-mixed-chunk True: mixed chunks",
         ),
-        (["--pp-size", "2"], {"worker_id": "w", "site": "A"}, "--pp-size 2: pipeline parallelism"),
+        (
+            ["--pp-size", "2"],
+            {"worker_id": "w", "site": "A", "insecure": True},
+            "--pp-size 2: pipeline parallelism",
+        ),
         ([], {"worker_id": "w"}, "site"),
+        ([], {"worker_id": "w", "site": "A"}, "give either tls"),
         ([], None, "invalid choice: 'prfaas'"),
     ],
-    ids=["mixed-chunk", "pipeline", "wrong-config", "no-config"],
+    ids=["mixed-chunk", "pipeline", "wrong-config", "no-encryption", "no-config"],
 )
 def test_a_launch_that_cannot_work_stops(
     zygote: Zygote,
     references: References,
     tmp_path: Path,
     arguments: list[str],
-    config: dict[str, str] | None,
+    config: dict[str, object] | None,
     message: str,
 ) -> None:
     """The process ends with a non-zero status and the reason in its output; it never serves."""

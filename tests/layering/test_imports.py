@@ -46,6 +46,7 @@ ONLY_IN = {
     "grpc": ("cache_service",),
     "zmq": ("cache_service",),
     "aiohttp": ("router", "cache_service/http.py", "prfaas_sglang/fleet"),
+    "cryptography": ("prfaas_sglang/fleet",),
     "rich": ("prfaas_sglang/fleet", "prfaas_sglang/cli.py"),
 }
 #: First-party: importer -> what it may import.

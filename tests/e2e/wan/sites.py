@@ -208,6 +208,7 @@ class Site:
             "worker_id": f"{self.side}-{mode}",
             "site": self.side.upper(),
             "telemetry_listen": f"127.0.0.1:{telemetry}",
+            "insecure": True,
         }
         probe = self.folder / f"{port}-{secrets.token_hex(2)}.sock"
         chosen = {**FLAGS, **flags, "disaggregation_mode": mode}

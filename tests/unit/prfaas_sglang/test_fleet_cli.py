@@ -11,7 +11,7 @@ import pytest
 from prfaas_sglang import cli
 
 
-@pytest.mark.parametrize("command", [["up"], ["demo"], ["doctor"], ["models"], ["models", "tiny"]])
+@pytest.mark.parametrize("command", [["up"], ["demo"], ["doctor"], ["certs"], ["models"], ["models", "tiny"]])
 def test_every_help_has_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """--help of every subcommand shows how it is used."""
     with pytest.raises(SystemExit) as end:
@@ -24,7 +24,7 @@ def test_the_command_line_is_import_light() -> None:
     """Help and argument errors wait for no library."""
     script = (
         "import sys, prfaas_sglang.cli; "
-        "print({'yaml', 'rich', 'torch', 'msgspec', 'aiohttp', 'grpc'} & set(sys.modules))"
+        "print({'cryptography', 'yaml', 'rich', 'torch', 'msgspec', 'aiohttp', 'grpc'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
@@ -36,6 +36,12 @@ def test_the_command_line_is_import_light() -> None:
         (["up"], "-f FILE is missing"),
         (["up", "-f", "nowhere.yaml"], "nowhere.yaml: cannot be read: No such file or directory"),
         (["demo", "--json", "/proc/no/such/folder.json"], "--json: cannot write /proc/no/such/folder.json"),
+        (["certs", "/proc/no", "--sites", "A"], "/proc/no: cannot write certificates: No such file"),
+        (["certs", "x", "--sites", ","], "--sites: is empty"),
+        (["certs", "x", "--sites", "A,a b"], "--sites: 'a b' is not a name"),
+        (["certs", "x", "--sites", "A,B,a"], "--sites: 'a' and 'A' are the same to a certificate"),
+        (["certs", "x", "--sites", "ca"], "--sites: 'ca' would have the authority's file names"),
+        (["certs", "x", "--sites", "A", "--days", "0"], "--days: 0 is not in 1..3650"),
         (["models", "tiny", "--family", "huge", "--out", "/tmp/x"], "huge"),
     ],
 )

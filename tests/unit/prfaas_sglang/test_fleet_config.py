@@ -12,6 +12,7 @@ import yaml
 
 from cache_service.core.errors import ConfigError
 from prfaas_sglang import cli
+from prfaas_sglang import config as worker_config
 from prfaas_sglang.cpu import models
 from prfaas_sglang.fleet import config, specs, up
 from prfaas_sglang.fleet import ports as ports_module
@@ -19,6 +20,7 @@ from prfaas_sglang.fleet.ports import PortPlan
 
 SMALL = """
 model: {path: tiny:gdn}
+transfer: {tls: auto}
 sites:
   - {name: A, workers: [{name: a-p, role: prefill}]}
   - {name: B, workers: [{name: b-p, role: prefill}, {name: b-d, role: decode}]}
@@ -93,19 +95,37 @@ def test_tiny_families_are_those_of_the_builder() -> None:
             ("role: decode}]}", "role: decode, gpus: [1, 1]}]}\nengine: {device: cuda}"),
             r"gpus: \[1, 1\] is not a list of different GPU indices",
         ),
-        (("links:", "transfer: {frame_bytes: 1}\nlinks:"), r"transfer\.frame_bytes: 1 is not in 4096"),
+        (("tls: auto", "tls: auto, frame_bytes: 1"), r"transfer\.frame_bytes: 1 is not in 4096"),
         (
-            ("links:", "transfer: {tls: {ca: /no/ca, cert: /no/c, key: /no/k}}\nlinks:"),
+            ("tls: auto", "tls: {ca: /no/ca, cert: /no/c, key: /no/k}"),
             r"transfer\.tls\.ca: no file /no/ca \(for site A\)",
         ),
         (
-            ("links:", "transfer: {tls: {ca: x}}\nlinks:"),
+            ("tls: auto", "tls: {ca: x}"),
             r"transfer\.tls: object missing required field `cert`",
         ),
-        (("links:", "transfer: {connections: 0}\nlinks:"), r"transfer\.connections: 0 is not in 1\.\.64"),
+        (("tls: auto", "tls: auto, connections: 0"), r"transfer\.connections: 0 is not in 1\.\.64"),
         (
-            ("links:", "transfer: {backend: mooncake_tcp, connections: 2}\nlinks:"),
+            ("tls: auto", "backend: mooncake_tcp, connections: 2"),
             r"transfer\.connections: backend is mooncake_tcp; accepted with prfaas only",
+        ),
+        (
+            ("tls: auto", "connections: 2"),
+            r"transfer: give either tls: auto .*insecure: true.*neither is given",
+        ),
+        (("tls: auto", "tls: auto, insecure: true"), "transfer: .*both are given"),
+        (("tls: auto", "tls: please"), r"transfer\.tls: invalid enum value 'please'; accepted: auto"),
+        (
+            ("tls: auto", "tls: auto, backend: mooncake_tcp"),
+            r"transfer\.tls: backend is mooncake_tcp; accepted with prfaas only",
+        ),
+        (
+            ("tls: auto", "backend: mooncake_tcp"),
+            r"transfer\.insecure: backend mooncake_tcp has no encryption; accepted with it: true",
+        ),
+        (
+            ("  - {name: B", "  - {name: a, workers: [{name: c-p, role: prefill}]}\n  - {name: B"),
+            r"sites\[1\]\.name: 'a' and 'A' are the same to a certificate",
         ),
         (
             ("links:", "engine: {page_size: 64}\nengine: {page_size: 1}\nlinks:"),
@@ -133,7 +153,7 @@ def test_tiny_families_are_those_of_the_builder() -> None:
             ("links:", "router: {port: 9000}\ncache_service: {port: 9000}\nlinks:"),
             "cache_service.port: 127.0.0.1:9000 is also router.port",
         ),
-        (("links:", "transfer: {backend: pigeon}\nlinks:"), "transfer.backend: invalid enum value 'pigeon'"),
+        (("tls: auto", "backend: pigeon"), "transfer.backend: invalid enum value 'pigeon'"),
         (("links:", "routing: {threshold_tokens: -1}\nlinks:"), "routing.threshold_tokens: -1 is below 0"),
         (("links:", "links: ["), "is not valid YAML"),
     ],
@@ -237,7 +257,7 @@ def test_specs_wire_the_parts_together(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"layer_types": ["linear_attention", "full_attention"]}))
-    fleet = config.parse(SMALL + "transfer: {connections: 7}\n")
+    fleet = config.parse(SMALL.replace("tls: auto", "tls: auto, connections: 7"))
     plan = specs.build(fleet, model, tmp_path, specs.claim_ports(fleet, PortPlan()))
     by_name = {spec.name: spec for spec in (*plan.engines, *plan.services)}
     router = json.loads(by_name["router"].files["router.json"])
@@ -255,3 +275,34 @@ def test_specs_wire_the_parts_together(tmp_path: Path) -> None:
     assert by_name["a-p"].env["PRFAAS_CONFIG"] == f"@{tmp_path / 'a-p.transfer.json'}"
     transfer = json.loads(by_name["a-p"].files["a-p.transfer.json"])
     assert (transfer["worker_id"], transfer["site"], transfer["connections"]) == ("a-p", "A", 7)
+    assert transfer["tls"] == {
+        "ca": str(tmp_path / "certificates" / "ca.pem"),
+        "cert": str(tmp_path / "certificates" / "A.pem"),
+        "key": str(tmp_path / "certificates" / "A.key"),
+    }
+    assert (transfer["peer_sites"], "insecure" in transfer) == (["B"], False)
+    decode = json.loads(by_name["b-d"].files["b-d.transfer.json"])
+    assert decode["peer_sites"] == ["A", "B"]
+
+
+def test_every_generated_worker_configuration_is_accepted(tmp_path: Path) -> None:
+    """What the launcher writes is what a worker loads, encrypted or not."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    for text in (SMALL, SMALL.replace("tls: auto", "insecure: true")):
+        fleet = config.parse(text)
+        plan = specs.build(fleet, model, tmp_path, specs.claim_ports(fleet, PortPlan()))
+        for engine in plan.engines:
+            loaded = worker_config.load({"PRFAAS_CONFIG": engine.files[f"{engine.name}.transfer.json"]})
+            assert loaded is not None
+            assert loaded.insecure == fleet.transfer.insecure
+
+
+def test_the_stock_backend_is_in_the_clear_and_ours_stays_as_it_was() -> None:
+    """`prfaas demo --backend` changes a whole section that is valid again."""
+    ours = config.parse(SMALL).transfer
+    stock = ours.over("mooncake_tcp")
+    assert (stock.backend, stock.tls, stock.insecure) == ("mooncake_tcp", None, True)
+    assert ours.over("prfaas") == ours
+    assert stock.over("prfaas").insecure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from cache_service.core.errors import ConfigError
 from prfaas_sglang import config, plugin
 from prfaas_sglang.engine import compat
 
-GOOD = '{"worker_id": "a-0", "site": "A"}'
+GOOD = '{"worker_id": "a-0", "site": "A", "insecure": true}'
 
 
 def test_inert_without_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,6 +57,14 @@ def test_a_file_can_hold_the_configuration(tmp_path: Path) -> None:
         (GOOD.replace("a-0", "a 0"), "worker_id: 'a 0' is not a name"),
         (GOOD.replace("}", ', "telemetry_listen": "9101"}'), "telemetry_listen: '9101' is not host:port"),
         (GOOD.replace("}", ', "connections": 0}'), r"connections: 0 is not in 1\.\.64"),
+        (GOOD.replace(', "insecure": true', ""), "PRFAAS_CONFIG: give either tls.* or insecure.*neither is"),
+        (GOOD.replace("true", "false"), "neither is given"),
+        (
+            GOOD.replace("}", ', "tls": {"ca": "a", "cert": "b", "key": "c"}}'),
+            "tls.*insecure.*both are given",
+        ),
+        (GOOD.replace("true", '"yes"'), "insecure"),
+        (GOOD.replace("}", ', "peer_sites": ["B", "no name"]}'), "peer_sites: 'no name' is not a name"),
         (GOOD.replace("}", ', "frame_bytes": 1}'), r"frame_bytes: 1 is not in 4096\.\.4194304"),
     ],
 )
@@ -63,6 +72,15 @@ def test_each_wrong_field_is_named(text: str, message: str) -> None:
     """ConfigError says which field and what is accepted."""
     with pytest.raises(ConfigError, match=message):
         config.load({"PRFAAS_CONFIG": text})
+
+
+def test_encryption_is_said_one_way_or_the_other() -> None:
+    """With tls alone the configuration is good, and the sites of peers are kept."""
+    tls = {"ca": "ca.pem", "cert": "A.pem", "key": "A.key"}
+    values = {"worker_id": "a-0", "site": "A", "tls": tls, "peer_sites": ["B"]}
+    loaded = config.load({"PRFAAS_CONFIG": json.dumps(values)})
+    assert loaded is not None
+    assert (loaded.tls, loaded.insecure, loaded.peer_sites) == (config.TlsConfig(**tls), False, ("B",))
 
 
 def test_unset_is_none() -> None:
