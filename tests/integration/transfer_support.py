@@ -88,10 +88,13 @@ class Pair:
         staging_bytes: int = 0,
         hold_s: float = 60.0,
         park_s: float = PARK_S,
+        decode_site: str = "B",
+        prefill_peers: tuple[str, ...] = (),
+        decode_peers: tuple[str, ...] = (),
     ) -> None:
         self.prefill, self.decode = Side(1), Side(2)
         self.exporter = Exporter(
-            Identity("prefill", "A", "a-0", 0, LAYOUT),
+            Identity("prefill", "A", "a-0", 0, LAYOUT, prefill_peers),
             self.prefill.memory,
             self.prefill.telemetry,
             on_grant=lambda room, grant: self.prefill.hear(room, "grant"),
@@ -104,7 +107,7 @@ class Pair:
             tls=prefill_tls,
         )
         self.importer = Importer(
-            Identity("decode", "B", "b-0", 0, decode_layout),
+            Identity("decode", decode_site, "b-0", 0, decode_layout, decode_peers),
             self.decode.memory,
             self.decode.telemetry,
             on_progress=lambda room: self.decode.hear(room, "progress"),
