@@ -121,7 +121,10 @@ def _kinds(components: object) -> str:
 
 
 def _short(value: object, limit: int = 120) -> str:
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:  # a peer's value that could just be parsed
+        return "nested too deep"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -145,7 +145,13 @@ class Wire:
         return decode_header(self.read_exact(HEADER_BYTES))
 
     def read_payload(self, header: Header) -> bytes:
-        """Read and verify a control frame's payload. Raises RemoteProtocolError on a wrong checksum."""
+        """Read and verify a control frame's payload.
+
+        Raises RemoteProtocolError on a wrong checksum, and for DATA before anything of it is read: what
+        takes DATA reads it in its own way, and its bound is too large for everyone else.
+        """
+        if header.type is FrameType.DATA:
+            raise RemoteProtocolError("DATA to a side that takes none", reason="direction")
         payload = bytes(self.read_exact(header.length))
         if xxhash.xxh3_64_intdigest(payload) != header.checksum:
             raise RemoteProtocolError(f"{header.type.name}: checksum mismatch", reason="checksum")

@@ -88,6 +88,7 @@ class Pair:
         staging_bytes: int = 0,
         hold_s: float = 60.0,
         park_s: float = PARK_S,
+        connections: int = 4,
         decode_site: str = "B",
         prefill_peers: tuple[str, ...] = (),
         decode_peers: tuple[str, ...] = (),
@@ -113,6 +114,7 @@ class Pair:
             on_progress=lambda room: self.decode.hear(room, "progress"),
             on_done=lambda room: self.decode.hear(room, "done"),
             on_failed=lambda room, reason: self.decode.hear(room, "failed", reason),
+            connections=connections,
             tls=decode_tls,
         )
         self.address = ("127.0.0.1", self.exporter.listen("127.0.0.1", 0))
