@@ -10,6 +10,7 @@ import itertools
 import logging
 import socket
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -30,6 +31,7 @@ from prfaas_sglang.core.framing import (
 )
 from prfaas_sglang.core.layout import Hello, encode_hello, to_json
 from prfaas_sglang.transfer import bundle
+from prfaas_sglang.transfer.wire import IO_TIMEOUT_S
 from tests.fuzzing import budget, cut_up, frames, mutations, payloads, raw_frame, splits, u8, u16, u32, u64
 from tests.integration.transfer_support import LAYOUT, WAIT_S, Pair, assert_moved
 
@@ -159,7 +161,9 @@ def test_a_peer_that_asks_and_never_reads_is_dropped(pair: Pair, monkeypatch: py
         sock.settimeout(WAIT_S)
         sock.connect(pair.address)
         sock.sendall(hello())
+        started = time.monotonic()
         assert floods(sock, ping * 1000, 3000) is False
+        assert time.monotonic() - started < IO_TIMEOUT_S / 2  # not because the writer gave up
         serve_one(pair)
 
 
