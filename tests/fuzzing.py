@@ -21,8 +21,10 @@ from prfaas_sglang.core.framing import (
     MAX_CONTROL_BYTES,
     MAX_PAYLOAD_BYTES,
     Grant,
+    Missing,
     encode_grant,
     encode_reason,
+    encode_resume,
     encode_room,
     encode_total,
 )
@@ -72,6 +74,7 @@ def payloads(rooms: st.SearchStrategy[int]) -> st.SearchStrategy[bytes]:
         st.binary(max_size=64),
         st.builds(Grant, rooms, small | u32, st.sampled_from([0, 64, 65]) | u32, states).map(encode_grant),
         rooms.map(encode_room),
+        st.builds(encode_resume, rooms, st.lists(st.builds(Missing, small, small, small | u32, small | u32))),
         (small | u64).map(encode_total),
         st.text(max_size=40).map(encode_reason),
         st.just(b"\xff" * 2000),
@@ -94,7 +97,7 @@ def frames(
         wrong["version"] = draw(u8)
     if draw(st.integers(0, 20)) == 0:
         wrong["magic"] = draw(st.binary(min_size=2, max_size=2))
-    kind = draw(st.integers(1, 9) | u8)
+    kind = draw(st.integers(1, 10) | u8)
     return raw_frame(kind, draw(transfers), payload, **wrong)  # type: ignore[arg-type]
 
 

@@ -212,13 +212,25 @@ def encode_resume(room: int, missing: Sequence[Missing]) -> bytes:
 
 
 def decode_resume(payload: bytes) -> tuple[int, list[Missing]]:
-    """Parse a RESUME payload into room and ranges. Raises RemoteProtocolError on a wrong length."""
+    """Parse a RESUME payload into room and ranges.
+
+    Raises RemoteProtocolError on a wrong length, and for ranges that are empty, out of order or overlap: a
+    position that is listed often would be sent often.
+    """
     if len(payload) < _RESUME.size:
         raise RemoteProtocolError("resume: too short", reason="resume")
     room, count = _RESUME.unpack_from(payload)
     if len(payload) != _RESUME.size + count * _MISSING.size:
         raise RemoteProtocolError("resume: length does not match its count", reason="resume")
-    return room, [Missing(*fields) for fields in _MISSING.iter_unpack(payload[_RESUME.size :])]
+    ranges = [Missing(*fields) for fields in _MISSING.iter_unpack(payload[_RESUME.size :])]
+    end = (0, 0, 0)
+    for m in ranges:
+        if not m.count or (m.component, m.tensor, m.first) < end:
+            raise RemoteProtocolError(
+                "resume: ranges are empty, overlap or are out of order", reason="resume"
+            )
+        end = (m.component, m.tensor, m.first + m.count)
+    return room, ranges
 
 
 _TOTAL = struct.Struct("<Q")

@@ -200,7 +200,8 @@ class Script:
             sock.sendall(hello("prefill", name=""))
 
     def hang_up(self) -> None:
-        """Say no more; wait until the other side has closed both connections."""
+        """Say no more; wait until the other side has read all of it and closed both connections."""
+        self._server.close()
         for sock in self.sockets:
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_WR)
@@ -303,7 +304,7 @@ def test_an_importer_survives_any_prefill_worker(  # type: ignore[no-untyped-def
         if harmless:
             pair.decode.wait(room, "done")
         script.hang_up()
-        pair.decode.ended(room)
+        pair.importer.abort(room, "over")  # it would be resumed on a new connection
     check_pools(pair, room, before, pair.decode.ended(room).outcome)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
 import pytest
 from hypothesis import example, given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from cache_service.core.errors import LocalProtocolError, RemoteProtocolError
 from cache_service.core.ids import parse_name
 from prfaas_sglang.core import framing
-from prfaas_sglang.core.framing import HEADER_BYTES, Data, FrameType, Grant, decode_header
+from prfaas_sglang.core.framing import HEADER_BYTES, Data, FrameType, Grant, Missing, decode_header
 from prfaas_sglang.core.layout import (
     MAX_CONNECTIONS,
     Component,
@@ -38,6 +39,7 @@ DECODERS = {
     FrameType.COMMIT: framing.decode_total,
     FrameType.DONE: framing.decode_total,
     FrameType.CANCEL: framing.decode_room,
+    FrameType.RESUME: framing.decode_resume,
     FrameType.ABORT: framing.decode_reason,
     FrameType.HELLO: decode_hello,
 }
@@ -218,3 +220,40 @@ def test_an_export_sends_exactly_what_was_granted(
     expected = {(0, t, i) for t in (0, 1) for i in range(grant.pages)} | {(1, 0, 0), (2, 0, 0), (2, 1, 0)}
     assert len(sent) == len(set(sent))
     assert set(sent) == expected
+
+
+@given(
+    st.integers(0, 9),
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1), small, st.integers(1, 4))),
+    st.lists(st.builds(Missing, small, small, small | u32, small | u32), max_size=4),
+)
+@budget(200)
+def test_what_is_missing_is_sent_once_whatever_a_peer_lists(
+    pages: int, arrived: list[tuple[int, int, int, int]], listed: list[Missing]
+) -> None:
+    """An import's list survives the wire and is what it lacks; any other list adds nothing twice."""
+    importing = ImportSession(LAYOUT, range(pages), [[7]], 3)
+    for fields in arrived:
+        data = Data(*fields)
+        with suppress(RemoteProtocolError, IndexError):
+            importing.place(data, LAYOUT.components[data.component].row_bytes[data.tensor] * data.count)
+            importing.arrived(data)
+    exporting = ExportSession(LAYOUT, frame_bytes=64, prompt_pages=pages)
+    parts = exporting.chunk(range(pages), states=[[5]], aux_row=1, last=True)
+    exporting.accept(Grant(1, pages, 0, (1,)))
+    for ranges in (importing.resume(), listed):
+        try:
+            room, missing = framing.decode_resume(framing.encode_resume(1, ranges))
+        except RemoteProtocolError:
+            assert ranges is listed
+            continue
+        assert (room, missing) == (1, ranges)
+        pieces = [piece.data for part in parts for piece in exporting.pieces(part, missing)]
+        sent = [(d.component, d.tensor, d.first + i) for d in pieces for i in range(d.count)]
+        assert len(sent) == len(set(sent))
+        if ranges is not listed:
+            for data in pieces:
+                importing.place(data, LAYOUT.components[data.component].row_bytes[data.tensor] * data.count)
+                importing.arrived(data)
+            importing.commit(importing.expected_bytes())
+            assert importing.complete
