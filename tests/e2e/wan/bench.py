@@ -28,6 +28,8 @@ CONNECTIONS = 4
 PARTS = ("worker", "used", "used_by_transfer")
 #: Seconds in which a failed request must have said so: 15 s of silence find a dead peer, and some grace.
 DEADLINE_S = 22.0
+#: How long prefill keeps what a decode worker that is gone might come back for.
+KEPT_S = 40.0
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,7 @@ def trial(bench: Bench, family: str) -> Iterator[Trial]:
     bench.wan.set("both", **asdict(NORMAL))
     oracle, pair = bench.oracle(family), bench.pair(family)
     connect(pair, oracle)
-    until("idle before the fault", lambda: settled(pair, transfers=False))
+    until("idle before the fault", lambda: settled(pair), KEPT_S)  # what an earlier one left staged is kept
     before = pair.holdings()
     this = Trial(bench, family, pair, oracle)
     try:
