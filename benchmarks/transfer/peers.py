@@ -1,0 +1,88 @@
+"""What we compare with, installed on first use below .cache/peers: Mooncake, NIXL, iperf3.
+
+The two Python peers live in a virtual environment of their own that also sees this interpreter's packages
+(NIXL imports torch and numpy). iperf3 is taken from the system, else unpacked from Debian's packages without
+installing them. What cannot be had is a reason, not an error.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HOME = ROOT / ".cache" / "peers"
+PACKAGES = ("mooncake-transfer-engine-non-cuda==0.3.13.post1", "nixl==1.5.1", "nixl-cu12==1.5.1")
+DEBIAN = ("iperf3", "libiperf0", "libsctp1")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A peer that can run: its command's begin and the variables that it needs."""
+
+    argv: list[str]
+    env: dict[str, str]
+
+
+class Missing(Exception):
+    """The peer cannot run here; the text says why."""
+
+
+def ours() -> Found:
+    """The interpreter of our own ends."""
+    return Found([sys.executable], {"OMP_NUM_THREADS": "1"})
+
+
+def python_peer(module: str) -> Found:
+    """Return the interpreter with Mooncake and NIXL. Raises Missing."""
+    python = HOME / "venv" / "bin" / "python"
+    stamp = HOME / "venv" / "installed"
+    if not stamp.exists() or stamp.read_text() != " ".join(PACKAGES):
+        shutil.rmtree(HOME / "venv", ignore_errors=True)
+        _command(sys.executable, "-m", "venv", "--without-pip", str(HOME / "venv"))
+        (site,) = (HOME / "venv" / "lib").glob("python*/site-packages")
+        (site / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        # without their requirements: those name a CUDA torch
+        pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python))
+        _command(*pip, "install", "--quiet", "--no-deps", *PACKAGES)
+        stamp.write_text(" ".join(PACKAGES))
+    found = Found([str(python)], {"UCX_TLS": "tcp,self", "OMP_NUM_THREADS": "1", "MC_LOG_LEVEL": "ERROR"})
+    _command(*found.argv, "-c", f"import {module}", env=found.env)
+    return found
+
+
+def iperf3() -> Found:
+    """Return iperf3. Raises Missing."""
+    system = shutil.which("iperf3")
+    if system:
+        return Found([system], {})
+    folder = HOME / "iperf3"
+    program = folder / "usr" / "bin" / "iperf3"
+    if not program.exists():
+        if not shutil.which("apt-get"):
+            raise Missing("iperf3 is not installed")
+        folder.mkdir(parents=True, exist_ok=True)
+        _command("apt-get", "download", "-qq", *DEBIAN, cwd=folder)
+        for package in folder.glob("*.deb"):
+            _command("dpkg-deb", "-x", str(package), str(folder))
+    libraries = ":".join(str(p) for p in (folder / "usr" / "lib").glob("*-linux-gnu"))
+    found = Found([str(program)], {"LD_LIBRARY_PATH": libraries})
+    _command(*found.argv, "--version", env=found.env)
+    return found
+
+
+def _command(*argv: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> None:
+    try:
+        done = subprocess.run(
+            argv, capture_output=True, text=True, timeout=300, cwd=cwd, env={**os.environ, **(env or {})}
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Missing(f"{argv[0]}: {error}") from error
+    if done.returncode:
+        words = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise Missing(f"{Path(argv[0]).name}: {words[-1][:160]}")
