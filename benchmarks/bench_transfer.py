@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from benchmarks.harness import run
-from benchmarks.transfer import case_wan
+from benchmarks.transfer import case_exposed, case_loopback, case_rate, case_threads, case_urgent, case_wan
 
 CASES = {
     "wan-0": partial(case_wan.goodput, 0.0),
@@ -17,6 +17,12 @@ CASES = {
     "wan-1": partial(case_wan.goodput, 0.01),
     "tls": case_wan.tls,
     "cubic": case_wan.cubic,
+    "loopback": case_loopback.goodput,
+    "urgent": case_urgent.urgent,
+    "rate": case_rate.follow,
+    "exposed": case_exposed.exposed,
+    "threads-wan": case_threads.wan,
+    "threads-loopback": case_threads.loopback,
 }
 
 if __name__ == "__main__":

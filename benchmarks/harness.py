@@ -93,7 +93,9 @@ def run(subject: str, measure: Measure | Mapping[str, Measure], description: str
     arguments = parser.parse_args()
     started = time.time()
     load_before = os.getloadavg()[0]
-    print(f"{os.cpu_count()} cores, Python {platform.python_version()}, load {load_before:.2f} before the run")
+    print(
+        f"{os.cpu_count()} cores, Python {platform.python_version()}, load {load_before:.2f} before the run"
+    )
     rows: list[Row] = []
     for name in arguments.only or cases:
         found = cases[name](arguments.smoke)
@@ -129,7 +131,9 @@ def format_row(row: Row) -> str:
     verdict = {None: "", True: "  holds", False: "  MISSED"}[row.holds]
     bar = "" if row.bar is None else f"  bar {'<=' if row.lower_is_better else '>='} {row.bar}"
     note = f"  ({row.note})" if row.note else ""
-    return f"{row.name:<52} {ours:>9} {row.unit:<8} {row.peer_name}: {peer}  ratio {ratio}{bar}{verdict}{note}"
+    return (
+        f"{row.name:<52} {ours:>9} {row.unit:<8} {row.peer_name}: {peer}  ratio {ratio}{bar}{verdict}{note}"
+    )
 
 
 def processor() -> str:

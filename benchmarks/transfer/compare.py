@@ -14,7 +14,12 @@ from benchmarks.transfer.ends import EndFailed, Pair, Place, Round, settle
 from benchmarks.transfer.workload import Workload
 from tests.wan.link import Wan
 
-NAMES = {"nixl": "NIXL 1.5.1, UCX over TCP", "mooncake": "Mooncake 0.3.13 TCP", "plain": "Python sockets"}
+NAMES = {
+    "nixl": "NIXL 1.5.1, UCX over TCP",
+    "mooncake": "Mooncake 0.3.13 TCP",
+    "plain": "Python sockets, 4 threads",
+    "iperf3": "iperf3, 4 connections",
+}
 _FINDERS: dict[str, Callable[[], peers.Found]] = {
     "ours": peers.ours,
     "plain": peers.ours,
@@ -66,17 +71,27 @@ def contest(
     rounds: int,
     *,
     arguments: Mapping[str, Mapping[str, Any]] | None = None,
+    others: Mapping[str, Callable[[], Round]] | None = None,
 ) -> Contest:
     """Run the kinds in turn, each with its own workload; "ours" must run, a peer may fail.
 
     The first round of each is the warm-up: it opens connections, and what arrived is compared byte for byte.
+
+    Args:
+        place: where the ends run.
+        workloads: by kind.
+        rounds: measured ones.
+        arguments: of open_pair, by kind.
+        others: what has no ends of its own: a function that measures one round, by kind.
     """
     found = Contest()
     with contextlib.ExitStack() as stack:
         pairs: dict[str, Pair] = {}
         for kind, workload in workloads.items():
             try:
-                pair = stack.enter_context(open_pair(place, kind, workload, **(arguments or {}).get(kind, {})))
+                pair = stack.enter_context(
+                    open_pair(place, kind, workload, **(arguments or {}).get(kind, {}))
+                )
                 pair.round()
                 if kind != "plain":
                     pair.verify()
@@ -101,6 +116,9 @@ def contest(
                         raise
                     found.missing[kind] = str(error)
                     del pairs[kind]
+            for kind, measure in (others or {}).items():
+                settle()
+                found.rounds.setdefault(kind, []).append(measure())
     return found
 
 

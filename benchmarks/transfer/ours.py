@@ -54,6 +54,13 @@ class Heard:
                 self._failed[room] = reason
             self._changed.notify_all()
 
+    def has(self, room: int, what: str) -> bool:
+        """Whether it was said, without waiting. Raises RuntimeError when the room failed."""
+        with self._changed:
+            if room in self._failed:
+                raise RuntimeError(f"room {room} failed: {self._failed[room]}")
+            return (room, what) in self._at
+
     def wait(self, room: int, what: str, timeout_s: float = WAIT_S) -> float:
         """Return when it was. Raises RuntimeError when the room failed, TimeoutError."""
         with self._changed:
