@@ -15,7 +15,7 @@ CASES = {
     "wan-0": partial(case_wan.goodput, 0.0),
     "wan-0.1": partial(case_wan.goodput, 0.001),
     "wan-1": partial(case_wan.goodput, 0.01),
-    "tls": case_wan.tls,
+    "options": case_wan.options,
     "cubic": case_wan.cubic,
     "loopback": case_loopback.goodput,
     "urgent": case_urgent.urgent,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Row
-from benchmarks.transfer.compare import contest, cpu, cpu_row, goodput_row, mb_per_s, open_pair
+from benchmarks.transfer.compare import Contest, contest, cpu, cpu_row, goodput_row, mb_per_s, open_pair
 from benchmarks.transfer.ends import EndFailed, link
 from benchmarks.transfer.workload import of_bytes
 from tests.integration.authority import Authority
@@ -80,39 +80,38 @@ def goodput(loss: float, smoke: bool) -> list[Row]:
     return rows
 
 
-def tls(smoke: bool) -> list[Row]:
-    """The same with mutual TLS, against ours without."""
+def options(smoke: bool) -> list[Row]:
+    """With mutual TLS, and through staging memory, each against ours without."""
     if rows := no_link("WAN goodput with TLS"):
         return rows
     work = of_bytes((16 if smoke else 256) * MIB, 1 << 20)
     with tempfile.TemporaryDirectory() as folder, link() as wan:
-        files = {
-            side: [f.ca, f.cert, f.key]
-            for authority in [Authority(Path(folder), "bench")]
-            for side, f in (("send", authority.files("A")), ("receive", authority.files("B")))
+        authority = Authority(Path(folder), "bench")
+        files = {"send": authority.files("A"), "receive": authority.files("B")}
+        variants: dict[str, dict[str, Any]] = {
+            "mutual TLS": {side: {"tls": [f.ca, f.cert, f.key]} for side, f in files.items()},
+            "store and forward": {"send": {"staging": work.bytes + MIB}},
         }
-        arguments: dict[str, Any] = {side: {"tls": paths} for side, paths in files.items()}
-        with open_pair(wan, "ours", work) as plain, open_pair(wan, "ours", work, **arguments) as secure:
-            plain.round()
-            secure.round()
-            secure.verify()
-            a, b = [], []
-            for _ in range(1 if smoke else 3):
-                a.append(secure.round())
-                b.append(plain.round())
-    a.sort(key=mb_per_s)
-    b.sort(key=mb_per_s)
-    middle = len(a) // 2
-    name = f"WAN, {work.bytes >> 20} MiB, 1024 KiB rows, mutual TLS"
-    by_cpu = [sorted(map(cpu, each))[middle] for each in (a, b)]
-    return [
-        Row(f"{name}: goodput", "MB/s", mb_per_s(a[middle]), mb_per_s(b[middle]), "ours without TLS"),
-        Row(f"{name}: processor time", "s/GB", *by_cpu, "ours without TLS", lower_is_better=True),
-    ]
+        rows = []
+        for what, arguments in variants.items():
+            with open_pair(wan, "ours", work) as plain, open_pair(wan, "ours", work, **arguments) as other:
+                found = Contest()
+                for _ in range(2 if smoke else 4):
+                    found.rounds.setdefault("ours", []).append(other.round())
+                    found.rounds.setdefault("without", []).append(plain.round())
+                other.verify()
+            for measured in found.rounds.values():
+                measured.pop(0)  # the warm-up
+            name = f"WAN, {work.bytes >> 20} MiB, 1024 KiB rows, {what}"
+            rows += [
+                goodput_row(found, f"{name}: goodput", "without", None),
+                cpu_row(found, f"{name}: processor time", "without", None),
+            ]
+    return rows
 
 
 def cubic(smoke: bool) -> list[Row]:
-    """A host whose default is cubic, loss 0.1 %: ours with bbr per socket, ours refused it, NIXL, Mooncake."""
+    """A host whose default is cubic, loss 0.1 %: ours with bbr per socket, ours refused it, the peers."""
     if rows := no_link("WAN goodput, cubic"):
         return rows
     work = of_bytes((8 if smoke else 64) * MIB, 1 << 20)

@@ -19,6 +19,7 @@ NAMES = {
     "mooncake": "Mooncake 0.3.13 TCP",
     "plain": "Python sockets, 4 threads",
     "iperf3": "iperf3, 4 connections",
+    "without": "ours without it",
 }
 _FINDERS: dict[str, Callable[[], peers.Found]] = {
     "ours": peers.ours,

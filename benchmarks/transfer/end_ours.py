@@ -32,6 +32,7 @@ class End:
         fifo: bool = False,
         bbr: bool = True,
         connections: int = 4,
+        staging: int = 0,
         fd: int = -1,
     ) -> dict[str, Any]:
         """Open this end; decode needs what prefill returned as `peer`.
@@ -46,7 +47,7 @@ class End:
         self.workload = Workload(**workload)
         self.pool = new_pool(self.workload, filled=role == "send", fd=fd)
         if role == "send":
-            self.prefill = Prefill(self.workload, self.pool, host, tls_of(tls))
+            self.prefill = Prefill(self.workload, self.pool, host, tls_of(tls), staging_bytes=staging)
             return {"address": list(self.prefill.address)}
         assert peer is not None
         host, port = peer["address"]
@@ -109,7 +110,7 @@ class End:
     def op_stream(
         self, room: int, source: Sequence[int], chunk_pages: int, chunk_s: float, how: str
     ) -> dict[str, float]:
-        """Act as an engine that computes a chunk of pages every `chunk_s`; return when prefill began and ended.
+        """Act as an engine that computes a chunk of pages every `chunk_s`; return when it began and ended.
 
         how: "after" sends all at the end, "chunk" each chunk when it is computed, "layer" each tensor of a
         chunk when it is computed.
@@ -135,10 +136,6 @@ class End:
         """Return and forget the link's samples."""
         found, self.prefill.telemetry.samples = self.prefill.telemetry.samples, []
         return [{"at_s": at, **asdict(sample)} for at, sample in found]
-
-    def op_layerwise(self) -> bool:
-        """Whether single layers can be sent."""
-        return self.prefill.layerwise
 
 
 def _until(moment_s: float) -> None:

@@ -67,7 +67,7 @@ class End:
     """One end's process and its commands."""
 
     def __init__(self, place: Place, side: str, kind: str, found: Found) -> None:
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._process = place.start(
             side,
             [*found.argv, "-m", "benchmarks.transfer.end", kind],

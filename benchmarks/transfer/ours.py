@@ -107,9 +107,7 @@ class Prefill:
 
     def ready(self, room: int, pages: int) -> float:
         """Announce a room and wait until decode has granted it; return when that was."""
-        announce = getattr(self.exporter, "open", None)
-        if announce is not None:
-            announce(room, pages)
+        self.exporter.open(room, pages)
         return self.heard.wait(room, "grant")
 
     def send(self, room: int, pages: Sequence[int], *, last: bool = True) -> None:
@@ -118,11 +116,6 @@ class Prefill:
             self.exporter.send(room, pages, states=[], aux_row=0, last=True)
         else:
             self.exporter.send(room, pages)
-
-    @property
-    def layerwise(self) -> bool:
-        """Whether single tensors of a chunk can go ahead."""
-        return hasattr(self.exporter, "send_ahead")
 
     def send_ahead(self, room: int, pages: Sequence[int], tensors: Sequence[int]) -> None:
         """Queue some tensors of the next chunk."""
