@@ -81,7 +81,8 @@ def _once(wan: Wan, pair: Any, work: Any, smoke: bool) -> dict[str, float | None
     watch.until(heal_s)
     heal_s = time.monotonic()
     wan.heal()
-    watch.until(heal_s + 4 * unit)
+    watch.until(heal_s + 6 * unit)
+    failed = pair.sender.call("failed", room=room)
     pair.sender.call("abort", room=room)
     calm = None
     for sample in samples:
@@ -96,6 +97,8 @@ def _once(wan: Wan, pair: Any, work: Any, smoke: bool) -> dict[str, float | None
         "full": watch.first(rise_s, 0.95 * LIMIT_MB, 0.3),
         "resume": watch.first_bytes(heal_s),
         "healed": watch.first(heal_s, 0.95 * LIMIT_MB, 0.3),
+        "last": watch.mb_per_s(heal_s + 5 * unit, heal_s + 6 * unit),
+        "failed": float(failed),
     }
 
 
@@ -114,6 +117,9 @@ def follow(smoke: bool) -> list[Row]:
         values = [r[key] for r in runs]
         seen = [v for v in values if v is not None]
         note = " ".join("never" if v is None else f"{v:.2f}" for v in values)
+        if key == "healed":
+            note += "; MB/s in the sixth second: " + " ".join(f"{r['last']:.0f}" for r in runs)
+            note += f"; transfers that failed: {sum(r['failed'] or 0 for r in runs):.0f}"
         ours = statistics.median(seen) if len(seen) == len(values) else None
         return Row(name, "s", ours, budget_s, "budget", 1.0, lower_is_better=True, note=note)
 

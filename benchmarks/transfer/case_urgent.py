@@ -110,6 +110,10 @@ def urgent(smoke: bool) -> list[Row]:
             rate(alone),
             "bulk alone",
             0.97,
+            note="bulk seconds: alone "
+            + " ".join(f"{o.bulk_s:.2f}" for o in alone)
+            + "; beside "
+            + " ".join(f"{o.bulk_s:.2f}" for o in beside),
         ),
         Row(f"bulk beside {count} urgent, gross", "MB/s", rate(beside), rate(alone), "bulk alone"),
     ]

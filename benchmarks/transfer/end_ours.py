@@ -103,6 +103,10 @@ class End:
         done_s = self.prefill.heard.wait(room, "done")
         return {"started_s": self._started_s[room], "done_s": done_s}
 
+    def op_failed(self, room: int) -> bool:
+        """Whether a room has failed."""
+        return self.prefill.heard.failed(room)
+
     def op_abort(self, room: int) -> None:
         """Give a room up."""
         self.prefill.exporter.abort(room, "enough")

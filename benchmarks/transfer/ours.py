@@ -61,6 +61,11 @@ class Heard:
                 raise RuntimeError(f"room {room} failed: {self._failed[room]}")
             return (room, what) in self._at
 
+    def failed(self, room: int) -> bool:
+        """Whether the room failed."""
+        with self._changed:
+            return room in self._failed
+
     def wait(self, room: int, what: str, timeout_s: float = WAIT_S) -> float:
         """Return when it was. Raises RuntimeError when the room failed, TimeoutError."""
         with self._changed:
