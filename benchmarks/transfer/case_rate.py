@@ -62,7 +62,7 @@ def _once(wan: Wan, pair: Any, work: Any, smoke: bool) -> dict[str, float | None
     pages = list(range(work.pages)) * 200  # the same rows again and again: it only has to last
     pair.sender.call("send_when_granted", room=room, source=pages)
     pair.receiver.call("expect", room=room, target=pages)
-    unit = 0.4 if smoke else 1.0
+    unit = 0.15 if smoke else 1.0
     start_s = time.monotonic()
     drop_s = start_s + 3 * unit
     rise_s = drop_s + 5 * unit

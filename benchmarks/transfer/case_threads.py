@@ -51,9 +51,10 @@ def _median(found: Sequence[dict[str, float]], key: str) -> float:
     return statistics.median(f[key] for f in found)
 
 
-def _at(place: Place, where: str, limit: float | None, work: Workload, rounds: int) -> list[Row]:
+def _at(place: Place, where: str, limit: float | None, work: Workload, smoke: bool) -> list[Row]:
     rows = []
-    for scheduler in ("python", "mixed"):
+    rounds = 1 if smoke else 3
+    for scheduler in ("python",) if smoke else ("python", "mixed"):
         busy = {
             name: _Busy(place, work, scheduler=scheduler, **arguments) for name, arguments in PLANES.items()
         }
@@ -94,10 +95,10 @@ def wan(smoke: bool) -> list[Row]:
         return rows
     work = of_bytes((16 if smoke else 128) * MIB, 64 << 10)
     with link() as made:
-        return _at(made, "1 Gbit/s, 64 KiB rows", LIMIT_MB, work, 1 if smoke else 3)
+        return _at(made, "1 Gbit/s, 64 KiB rows", LIMIT_MB, work, smoke)
 
 
 def loopback(smoke: bool) -> list[Row]:
     """Over loopback: three busy processes on two cores say who gets the processor."""
     work = of_bytes((16 if smoke else 256) * MIB, 64 << 10)
-    return _at(Loopback(), "loopback, 64 KiB rows", None, work, 1 if smoke else 5)
+    return _at(Loopback(), "loopback, 64 KiB rows", None, work, smoke)

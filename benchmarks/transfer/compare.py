@@ -60,9 +60,17 @@ class Contest:
 
 
 @contextlib.contextmanager
-def open_pair(place: Place, kind: str, workload: Workload, **arguments: Any) -> Iterator[Pair]:
-    """Open a pair of a kind. Raises peers.Missing, EndFailed, TimeoutError."""
-    with Pair(place, kind, workload, _FINDERS[kind](), **arguments) as pair:
+def open_pair(
+    place: Place, kind: str, workload: Workload, *, cc: str = "", **arguments: Any
+) -> Iterator[Pair]:
+    """Open a pair of a kind on hosts whose default congestion control is `cc` ("": this host's).
+
+    Raises peers.Missing, EndFailed, TimeoutError.
+    """
+    found = _FINDERS[kind]()
+    if cc:
+        found = peers.Found(found.argv, {**found.env, **peers.default_cc(cc)})
+    with Pair(place, kind, workload, found, **arguments) as pair:
         yield pair
 
 

@@ -49,14 +49,10 @@ class Loopback:
         return subprocess.Popen(argv, **options)
 
 
-def link(
-    *, rate_bps: float = 1e9, rtt_s: float = 0.040, loss: float = 0.0, queue_bytes: float = 5e6, cc: str = ""
-) -> Wan:
-    """Return the benchmark's link with what differs; `cc` is the hosts' default congestion control."""
-    shape = profile("continental").with_(
-        rate_bps=rate_bps, delay_s=rtt_s / 2, loss=loss, queue_bytes=queue_bytes
-    )
-    return Wan(shape, sysctls={"net.ipv4.tcp_congestion_control": cc} if cc else None)
+def link(*, rate_bps: float = 1e9, rtt_s: float = 0.040, loss: float = 0.0, queue_bytes: float = 5e6) -> Wan:
+    """Return the benchmark's link with what differs."""
+    shape = profile("continental")
+    return Wan(shape.with_(rate_bps=rate_bps, delay_s=rtt_s / 2, loss=loss, queue_bytes=queue_bytes))
 
 
 class EndFailed(RuntimeError):

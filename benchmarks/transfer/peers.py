@@ -56,6 +56,19 @@ def python_peer(module: str) -> Found:
     return found
 
 
+def default_cc(name: str) -> dict[str, str]:
+    """Return the variables under which a process's TCP sockets start with a congestion control; needs root.
+
+    Raises Missing when the library cannot be built.
+    """
+    library = HOME / "default_cc.so"
+    source = Path(__file__).with_name("default_cc.c")
+    if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
+        HOME.mkdir(parents=True, exist_ok=True)
+        _command("gcc", "-O1", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl")
+    return {"LD_PRELOAD": str(library), "BENCH_DEFAULT_CC": name}
+
+
 def iperf3() -> Found:
     """Return iperf3. Raises Missing."""
     system = shutil.which("iperf3")
