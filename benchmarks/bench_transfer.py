@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from benchmarks.harness import run
+from benchmarks.harness import Measure, run
 from benchmarks.transfer import case_exposed, case_loopback, case_rate, case_threads, case_urgent, case_wan
 
-CASES = {
+CASES: dict[str, Measure] = {
     "wan-0": partial(case_wan.goodput, 0.0),
     "wan-0.1": partial(case_wan.goodput, 0.001),
     "wan-1": partial(case_wan.goodput, 0.01),

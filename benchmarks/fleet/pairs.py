@@ -130,7 +130,7 @@ class Workers:
 
     def generate(self, backend: str, prompt: list[int], new_tokens: int) -> Timing:
         """Send one request to both workers of a pair, as the router does, and time decode's stream."""
-        body = {
+        body: dict[str, Any] = {
             "rid": secrets.token_hex(8),
             "input_ids": prompt,
             "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},

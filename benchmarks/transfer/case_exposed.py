@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 from benchmarks.harness import Row
 from benchmarks.transfer.case_wan import no_link
@@ -36,7 +37,7 @@ def exposed(smoke: bool) -> list[Row]:
     """Milliseconds from the end of prefill to decode's last byte, by link rate and way of sending."""
     if rows := no_link("exposed transfer time"):
         return rows
-    rows: list[Row] = []
+    rows = []
     work = Workload(WORK.row_bytes, WORK.pages // 8) if smoke else WORK
     for rate_bps in RATES[2:3] if smoke else RATES:
         rows += _at(rate_bps, work, 1 if smoke else 3)
@@ -53,7 +54,11 @@ def _at(rate_bps: float, work: Workload, rounds: int) -> list[Row]:
             for how in HOWS:
                 room = pair.next_room()
                 pair.receiver.call("expect", room=room)
-                stream = {"source": work.source(), "chunk_pages": CHUNK_PAGES, "chunk_s": CHUNK_S}
+                stream: dict[str, Any] = {
+                    "source": work.source(),
+                    "chunk_pages": CHUNK_PAGES,
+                    "chunk_s": CHUNK_S,
+                }
                 sent = pair.sender.call("stream", room=room, how=how, **stream)
                 done_s = pair.receiver.call("finish", room=room)["done_s"]
                 measured[how].append((done_s - sent["ended_s"]) * 1e3)

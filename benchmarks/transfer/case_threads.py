@@ -13,7 +13,7 @@ from benchmarks.transfer.ends import End, Loopback, Place, link
 from benchmarks.transfer.workload import Workload, of_bytes
 
 MIB = 1 << 20
-PLANES = {
+PLANES: dict[str, dict[str, Any]] = {
     "threads": {"plane": "threads"},
     "threads, switch interval 0.5 ms": {"plane": "threads", "switch_s": 0.0005},
     "process": {"plane": "process"},

@@ -97,6 +97,7 @@ class _Child:
 
     def ready(self) -> bool:
         """Whether an answer is there."""
+        assert self._process.stdout is not None
         return bool(select.select([self._process.stdout], [], [], 0)[0])
 
     def result(self) -> Any:
