@@ -69,8 +69,8 @@ def _rows(
     ours, peer = found[(OURS, length)], found.get((PEER, length), [])
     equal = sum(a.tokens == b.tokens for a, b in zip(ours, peer, strict=False))
     rows = []
-    for what, pick in (("TTFT", lambda t: t.first_s), ("total", lambda t: t.total_s)):
-        a, b = ([pick(t) * 1e3 for t in side] for side in (ours, peer))
+    for what, field in (("TTFT", "first_s"), ("total", "total_s")):
+        a, b = ([getattr(t, field) * 1e3 for t in side] for side in (ours, peer))
         note = f"{NEW_TOKENS} tokens; ours {min(a):.0f} to {max(a):.0f}"
         if b:
             note += f"; peer {min(b):.0f} to {max(b):.0f}; same tokens in {equal} of {len(b)}"
