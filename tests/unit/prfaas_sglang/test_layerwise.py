@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from cache_service.core.errors import ConfigError
+from prfaas_sglang.config import WorkerConfig
 from prfaas_sglang.engine.layerwise import Follower
+from prfaas_sglang.fleet.config import Transfer
 from prfaas_sglang.transfer.telemetry import Telemetry
 
 PAGE = 4
@@ -199,3 +203,11 @@ def test_overlapped_only_the_last_chunk_goes_ahead_after_the_chunk_before_it() -
     engine.run([middle, last])
     assert middle.disagg_kv_sender.calls == []
     assert [call[:2] for call in last.disagg_kv_sender.calls] == [(4, (204,))] * 2
+
+
+def test_the_configuration_asks_for_it() -> None:
+    """Off by default; the fleet file passes it on; without staging memory it is refused."""
+    assert not WorkerConfig(worker_id="a", site="A").layerwise
+    assert Transfer(layerwise=True).worker_options("A", Path("certificates"))["layerwise"] is True
+    with pytest.raises(ConfigError, match="layerwise: needs staging_bytes"):
+        WorkerConfig(worker_id="a", site="A", layerwise=True, staging_bytes=0).check()
