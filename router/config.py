@@ -104,6 +104,9 @@ class RouterConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         listen: host:port of the HTTP API.
         site: the site whose decode workers this router serves.
         index: host:port of the cache service, None to route without an index.
+        early_first_token: send the first token of a stream when the prefill worker has it, without waiting
+            for the KV transfer. Switch it off for workers with a reasoning or tool-call parser, or with
+            incremental streaming output.
     """
 
     listen: str
@@ -112,6 +115,7 @@ class RouterConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     workers: list[WorkerConfig]
     policy: PolicyConfig = PolicyConfig()
     index: str | None = None
+    early_first_token: bool = True
     links: list[LinkConfig] = []
     timeouts: TimeoutConfig = TimeoutConfig()
     limits: LimitConfig = LimitConfig()

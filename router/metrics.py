@@ -47,6 +47,12 @@ class RouterMetrics:
         self.aborts = Counter(
             "prfaas_router_aborts", "Abort calls to workers", ["side", "outcome"], registry=registry
         )
+        self.first_tokens = Counter(
+            "prfaas_router_first_tokens",
+            "Streams by where their first token came from: prefill, or why it was decode's",
+            ["outcome"],
+            registry=registry,
+        )
         self.ttft = Histogram(
             "prfaas_router_ttft_seconds",
             "Arrival of a streamed request to its first byte to the client",

@@ -11,15 +11,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Mapping
 
-import msgspec
 from aiohttp import web
 
 from cache_service import logs
 from cache_service.core.errors import Unavailable
 from cache_service.core.ids import Namespace, WorkerId
+from router.client import Client
 from router.config import RouterConfig
+from router.core.join import FirstToken, hold_reason, stop_strings
 from router.core.model import Decision, Match, Policy, PolicyName, Request
 from router.core.policy import choose
 from router.index import PrefixIndex, lookup
@@ -110,12 +110,16 @@ class Server:
         record.stream = request.stream
         check_model(request, self.config.model.name)
         record.match = await self._match(request, record)
+        held = hold_reason(record.api, request.body) if self.config.early_first_token else "off"
         call = Call(
             path=PATHS[record.api],
             body=raw,
             empty=not request.body,
             listed=request.listed,
             stream=request.stream,
+            api=record.api,
+            held=held,
+            stops=tuple(stop_strings(record.api, request.body)),
             headers={name: http.headers[name] for name in _FORWARDED if name in http.headers},
         )
         return await self._try_routes(http, call, record, record.match)
@@ -147,6 +151,7 @@ class Server:
         self, http: web.Request, call: Call, record: Record, match: Match
     ) -> web.StreamResponse:
         loop = asyncio.get_running_loop()
+        client = Client(http, record)
         total_tokens = record.prompt_tokens or 1
         excluded: set[WorkerId] = set()
         failure: Failure | None = None
@@ -161,7 +166,7 @@ class Server:
             except Unavailable:
                 if failure is None:
                     raise
-                return self._give_up(record, failure)
+                return await self._give_up(client, failure)
             if failure is not None:
                 record.retries += 1
                 self.metrics.retries.inc()
@@ -169,7 +174,7 @@ class Server:
             self.metrics.decisions.labels(decision.kind, decision.reason).inc()
             booking = self.table.book(decision, total_tokens, now_s)
             try:
-                answer = await self._attempt(http, call, record, decision, booking)
+                answer = await self._attempt(client, call, decision, booking)
             finally:
                 booking.release()
             if not isinstance(answer, Failure):
@@ -179,7 +184,7 @@ class Server:
             record.failures.append(f"{failure.side}:{failure.kind}:{failure.status}")
             broke += failure.hard
             if failure.client_fault or broke >= MAX_BROKEN or loop.time() >= self._deadline(record, call):
-                return self._give_up(record, failure)
+                return await self._give_up(client, failure)
             excluded.add(_worker(decision, failure.suspect))
 
     def _deadline(self, record: Record, call: Call) -> float:
@@ -188,7 +193,11 @@ class Server:
         wait_s = min(timeouts.first_byte_s, timeouts.total_s) if call.stream else timeouts.total_s
         return record.started_s + wait_s
 
-    def _give_up(self, record: Record, failure: Failure) -> web.Response:
+    async def _give_up(self, client: Client, failure: Failure) -> web.StreamResponse:
+        record = client.record
+        if client.stream is not None:
+            record.outcome, record.error = Outcome.STREAM_BROKEN, failure.message
+            return await client.end(failure.status, failure.message, "stream_broken")
         if failure.client_fault:
             record.outcome = Outcome.CLIENT_ERROR
             code = "context_length_exceeded" if "context length" in failure.message else None
@@ -198,10 +207,12 @@ class Server:
         return self._refuse(record, failure.status, failure.message, code=code)
 
     async def _attempt(
-        self, http: web.Request, call: Call, record: Record, decision: Decision, booking: Booking
+        self, client: Client, call: Call, decision: Decision, booking: Booking
     ) -> web.StreamResponse | Failure:
-        """Try one route; a Failure means that the client has not got a byte."""
+        """Try one route; a Failure means that the client has got nothing yet, or the first token alone."""
         loop = asyncio.get_running_loop()
+        record = client.record
+        first = None if call.held or client.rest is not None else FirstToken(call.api, call.stops)
         breakers = self.table.breakers
         prefill, decode = decision.prefill.worker_id, decision.decode.worker_id
         record.room = secrets.randbits(63)
@@ -213,16 +224,20 @@ class Server:
             room=record.room,
             rid=secrets.token_hex(16) if record.retries else record.request_id,
             prefilled=booking.release_prefill,
+            first=first,
+            rest=client.rest,
         )
         finished = False
         settled = False
         try:
-            failure = await exchange.start(self._deadline(record, call))
+            failure = await exchange.start(self._deadline(record, call), client.send_first)
             settled = True
             if failure is None:
                 breakers.succeeded(prefill)
                 breakers.succeeded(decode)
-                response = await self._pass_on(http, call, record, exchange)
+                if call.stream:
+                    self._count_first(call, client, first)
+                response = await self._pass_on(client, call, exchange)
                 finished = record.outcome is Outcome.OK
                 return response
             for side, worker_id in ((Side.PREFILL, prefill), (Side.DECODE, decode)):
@@ -243,43 +258,38 @@ class Server:
             else:
                 exchange.abandon()
 
-    async def _pass_on(
-        self, http: web.Request, call: Call, record: Record, exchange: Exchange
-    ) -> web.StreamResponse:
-        """Send decode's answer to the client, byte for byte; sets the outcome."""
+    def _count_first(self, call: Call, client: Client, first: FirstToken | None) -> None:
+        """Say where the first token of a stream came from, and why."""
+        reason = call.held or (first.reason if first is not None else "") or "decode_was_first"
+        outcome = "prefill" if client.rest is not None else reason
+        self.metrics.first_tokens.labels(outcome).inc()
+
+    async def _pass_on(self, client: Client, call: Call, exchange: Exchange) -> web.StreamResponse:
+        """Send decode's answer to the client, behind what it has; sets the outcome."""
         loop = asyncio.get_running_loop()
-        headers = record.headers() | {"Content-Type": exchange.content_type}
-        record.status = 200
+        record = client.record
         if not call.stream:
+            record.status = 200
+            headers = record.headers() | {"Content-Type": exchange.content_type}
             body = b"".join([chunk async for chunk in exchange.chunks()])
             record.ttft_s, record.outcome = loop.time() - record.started_s, Outcome.OK
             return web.Response(body=body, headers=headers)
-        response = web.StreamResponse(headers=headers | {"Cache-Control": "no-cache"})
-        await response.prepare(http)
+        await client.begin(exchange.content_type)
         try:
             async with asyncio.timeout_at(record.started_s + self.config.timeouts.total_s):
                 async for chunk in exchange.chunks():
-                    await response.write(chunk)
-                    if record.ttft_s is None:
-                        record.ttft_s = loop.time() - record.started_s
+                    await client.write(chunk)
             record.outcome = Outcome.OK
             if (error := exchange.late_error()) is not None:
                 record.outcome, record.error = Outcome.STREAM_BROKEN, error.message
         except StreamBroken as error:
             record.outcome, record.error = Outcome.STREAM_BROKEN, str(error)
-            await response.write(_error_event(502, "the decode worker broke off the stream", "stream_broken"))
+            return await client.end(502, "the decode worker broke off the stream", "stream_broken")
         except TimeoutError:
             record.outcome, record.error = Outcome.TIMEOUT, "total_s"
-            await response.write(_error_event(504, "the request took longer than allowed", "timeout"))
-        await response.write_eof()
-        return response
+            return await client.end(504, "the request took longer than allowed", "timeout")
+        return await client.end()
 
 
 def _worker(decision: Decision, side: Side) -> WorkerId:
     return decision.prefill.worker_id if side is Side.PREFILL else decision.decode.worker_id
-
-
-def _error_event(status: int, message: str, code: str) -> bytes:
-    """Return a stream event with an error; the blank line before it ends an event that was cut off."""
-    body: Mapping[str, object] = error_body(message, error_type(status), code=code)
-    return b"\n\ndata: " + msgspec.json.encode(body) + b"\n\n"

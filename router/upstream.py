@@ -14,15 +14,19 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import aiohttp
 
 from cache_service import logs
+from cache_service.core.errors import RemoteProtocolError
 from router.answers import AnswerError, Facts, StreamWatch, error_of, facts_of, message_of
 from router.config import LimitConfig, TimeoutConfig, WorkerConfig
+from router.core.join import FirstToken, Mismatch, Rest
+from router.core.sse import SseParser
 from router.metrics import RouterMetrics
 from router.openai import with_fields
 
@@ -30,6 +34,10 @@ _log = logging.getLogger(__name__)
 _ERROR_BODY_BYTES = 64 << 10
 #: Below uvicorn's 5 s, so that a kept connection is dropped by us first and never under a request.
 _KEEPALIVE_S = 2.0
+
+
+#: In decode's words when KV did not arrive although prefill has answered (SGLang's exception of this name).
+_TRANSFER_FAILED = "KVTransferError"
 
 
 class Side(StrEnum):
@@ -76,13 +84,21 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What both workers are sent, less what differs between attempts."""
+    """What both workers are sent, less what differs between attempts.
+
+    Attributes:
+        held: why the first token has to come from decode, "" when prefill's may be sent (core/join.py).
+        stops: the request's stop strings.
+    """
 
     path: str
     body: bytes
     empty: bool
     listed: bool
     stream: bool
+    api: str = ""
+    held: str = "off"
+    stops: tuple[str, ...] = ()
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -157,8 +173,19 @@ class Exchange:
         room: int,
         rid: str,
         prefilled: Callable[[], None],
+        first: FirstToken | None = None,
+        rest: Rest | None = None,
     ) -> None:
-        """`prefilled` is called once when the prefill side is over, however it ended."""
+        """Prepare an attempt.
+
+        Args:
+            prefilled: called once when the prefill side is over, however it ended.
+            first: reads the first token in prefill's stream; None to wait for decode's.
+            rest: an earlier attempt has sent the first token; decode's stream goes behind it.
+        """
+        self._first_token = first
+        self._rest = rest
+        self._early: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._upstream = upstream
         self._call = call
         self._workers = {Side.PREFILL: prefill, Side.DECODE: decode}
@@ -183,17 +210,20 @@ class Exchange:
         self._facts: Facts | None = None
         self.content_type = "application/json"
 
-    async def start(self, deadline_s: float) -> Failure | None:
+    async def start(
+        self, deadline_s: float, send_early: Callable[[bytes, Rest], Awaitable[None]]
+    ) -> Failure | None:
         """Call both workers and wait until decode's answer has begun (streamed) or is whole.
 
         Returns the failure that ends this attempt, None when `chunks` may be read. `deadline_s` is on the
-        loop's clock.
+        loop's clock. `send_early` gets the events of the first token when prefill has it before decode, and
+        what decode's stream has to follow.
         """
         loop = asyncio.get_running_loop()
         self._prefill = loop.create_task(self._run_prefill())
         self._prefill.add_done_callback(lambda _: self._prefilled())
         self._decode = loop.create_task(self._open_decode())
-        waiting = {self._prefill, self._decode}
+        waiting: set[asyncio.Future[Any]] = {self._prefill, self._decode, self._early}
         while True:
             done, _ = await asyncio.wait(
                 waiting, timeout=max(0.0, deadline_s - loop.time()), return_when=asyncio.FIRST_COMPLETED
@@ -206,25 +236,43 @@ class Exchange:
                 return failure
             if self._decode in done:
                 return self._decode.result()
+            if self._early in done and self._first_token is not None:
+                token = self._first_token
+                self._rest = Rest(token.api, token.text, token.ident, token.created)
+                await send_early(self._early.result(), self._rest)
             if not done:
                 suspect = Side.DECODE if self._prefill.done() else Side.PREFILL
                 return Failure(
                     suspect, Kind.TIMEOUT, suspect, True, 504, "the workers did not answer in time"
                 )
-            waiting = {self._decode}
+            waiting -= done
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yield the answer's bytes as they come. Raises StreamBroken when the worker ends it early."""
-        for chunk in self._first:
-            yield chunk
-        if self._chunks is None:
-            return
+        join = self._passed if self._rest is None else self._joined(self._rest)
         try:
+            for chunk in self._first:
+                if out := join(chunk):
+                    yield out
+            if self._chunks is None:
+                return
             async for chunk in self._chunks:
                 self._watch.feed(chunk)
-                yield chunk
+                if out := join(chunk):
+                    yield out
         except (aiohttp.ClientError, OSError) as error:
             raise StreamBroken(str(error) or type(error).__name__) from error
+        except (Mismatch, RemoteProtocolError) as error:
+            raise StreamBroken(f"decode's stream does not follow the first token: {error}") from error
+
+    @staticmethod
+    def _passed(chunk: bytes) -> bytes:
+        return chunk
+
+    @staticmethod
+    def _joined(rest: Rest) -> Callable[[bytes], bytes]:
+        parser = SseParser()
+        return lambda chunk: b"".join(rest.feed(event) for event in parser.feed(chunk))
 
     def facts(self) -> Facts:
         """Return what the answer said about its prompt; call after the last chunk."""
@@ -280,9 +328,14 @@ class Exchange:
                     for event in watch.feed(chunk) if self._call.stream else ():
                         if (error := error_of(event)) is not None:
                             return self._answered(Side.PREFILL, error)
+                        self._look_for_token(event)
                 return None
         except (aiohttp.ClientError, OSError) as error:
             return _lost(Side.PREFILL, error)
+
+    def _look_for_token(self, event: bytes) -> None:
+        if self._first_token is not None and (early := self._first_token.feed(event)):
+            self._early.set_result(early)
 
     async def _open_decode(self) -> Failure | None:
         try:
@@ -337,7 +390,7 @@ class Exchange:
             return Failure(side, Kind.STATUS, side, False, status, error.message, client_fault=True)
         status = 504 if status == 504 else 502
         prefilled = self._prefill is not None and self._prefill.done()
-        if side is Side.DECODE and not prefilled:
+        if side is Side.DECODE and (not prefilled or _TRANSFER_FAILED in error.message):
             # Most likely the KV never arrived: the sender is the one to replace, but nobody is convicted.
             return Failure(side, Kind.STATUS, Side.PREFILL, False, status, error.message)
         return Failure(side, Kind.STATUS, side, True, status, error.message)
