@@ -274,7 +274,7 @@ wild_rows = st.builds(
     splits,
     st.integers(0, 12),
 )
-@budget(60)
+@budget(120)
 def test_an_importer_survives_any_prefill_worker(  # type: ignore[no-untyped-def]
     pair: Pair, per_frame: int, order: Sequence[int], extra, wild, mutate, sizes, cut: int
 ) -> None:
