@@ -32,7 +32,7 @@ def hold_reason(api: str, body: Mapping[str, Any]) -> str:
     """Return why this request's first token must come from decode, "" when it need not."""
     if not body.get("stream"):
         return "not_streamed"
-    sampling = body.get("sampling_params") if api is GENERATE else body
+    sampling = body.get("sampling_params") if api == GENERATE else body
     if not isinstance(sampling, dict) or sampling.get("n") not in (None, 1):
         return "several_answers"
     if sampling.get("stop_token_ids") or sampling.get("stop_regex") or sampling.get("no_stop_trim"):
@@ -46,7 +46,7 @@ def hold_reason(api: str, body: Mapping[str, Any]) -> str:
 
 def stop_strings(api: str, body: Mapping[str, Any]) -> list[str]:
     """Return the request's stop strings."""
-    sampling = body.get("sampling_params") if api is GENERATE else body
+    sampling = body.get("sampling_params") if api == GENERATE else body
     stop = sampling.get("stop") if isinstance(sampling, dict) else None
     found = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
     return [s for s in found if isinstance(s, str) and s]
@@ -106,12 +106,12 @@ class FirstToken:
         value = _object(data)
         if value is None or self.reason or self.text:
             return b""
-        if self.api is GENERATE:
+        if self.api == GENERATE:
             return self._generated(value)
         choice = _choice(value)
         if choice is None:
             return self._held("shape")
-        return self._chatted(value, choice) if self.api is CHAT else self._completed(value, choice)
+        return self._chatted(value, choice) if self.api == CHAT else self._completed(value, choice)
 
     def _held(self, reason: str) -> bytes:
         self.reason = reason
@@ -211,7 +211,7 @@ class Rest:
         return out
 
     def _strip(self, value: dict[str, Any]) -> bytes:
-        if self.api is GENERATE:
+        if self.api == GENERATE:
             return self._generated(value)
         for key, ours in (("id", self.ident), ("created", self.created)):
             if ours is not None and value.get(key, ours) != ours:
@@ -219,10 +219,10 @@ class Rest:
         choice = _choice(value)
         if choice is None or not (self.left or self._at_role(choice)):
             return _event(value)
-        return self._chatted(value, choice) if self.api is CHAT else self._completed(value, choice)
+        return self._chatted(value, choice) if self.api == CHAT else self._completed(value, choice)
 
     def _at_role(self, choice: dict[str, Any]) -> bool:
-        return self.api is CHAT and not self._role_dropped and bool(choice.get("delta", {}).get("role"))
+        return self.api == CHAT and not self._role_dropped and bool(choice.get("delta", {}).get("role"))
 
     def _generated(self, value: dict[str, Any]) -> bytes:
         meta = value.get("meta_info")

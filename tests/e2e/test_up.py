@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +17,9 @@ import psutil
 import pytest
 import requests
 
-from tests.e2e.fleet import Up, gone, run_cli, start_cli, up
+from tests.e2e.fleet import ROOT, Up, gone, run_cli, start_cli, up
+from tests.e2e.slow_link import slow_link
+from tests.engine.conftest import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -62,6 +69,114 @@ def test_a_prompt_longer_than_the_context_is_refused(fleet: Up) -> None:
     assert "1100" in answer.text
     assert "1024" in answer.text
     assert ask(fleet, [5, 6, 7]).status_code == 200
+
+
+STREAMS: list[tuple[str, dict[str, object]]] = [
+    ("/v1/completions", {}),
+    ("/v1/completions", {"logprobs": 2, "stream_options": {"include_usage": True}}),
+    ("/v1/completions", {"max_tokens": 1}),
+    ("/v1/completions", {"echo": True}),
+    ("/v1/chat/completions", {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}),
+    ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 2}),
+    ("/generate", {"return_logprob": True}),
+]
+
+
+@pytest.fixture(scope="module")
+def far_router(fleet: Up, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Another router of the fleet, for which KV from every prefill worker takes a long link; its URL."""
+    config = json.loads((fleet.run_dir / "router.json").read_text())
+    with contextlib.ExitStack() as stack:
+        for worker in config["workers"]:
+            if worker["role"] == "prefill":
+                link = slow_link(worker["bootstrap_host"], worker["bootstrap_port"], 0.15)
+                worker["bootstrap_port"] = stack.enter_context(link)
+                worker["bootstrap_host"] = "127.0.0.1"
+        config["listen"] = f"127.0.0.1:{free_port()}"
+        url = f"http://{config['listen']}"
+        file = tmp_path_factory.mktemp("far") / "router.json"
+        file.write_text(json.dumps(config))
+        process = stack.enter_context(
+            subprocess.Popen([sys.executable, "-m", "router", "--config", str(file)], cwd=ROOT)
+        )
+        stack.callback(process.terminate)
+        deadline = time.monotonic() + 30
+        while not _healthy(url):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+        yield url
+
+
+def _healthy(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/health", timeout=2).status_code == 200
+    except requests.ConnectionError:
+        return False
+
+
+def told(url: str, path: str, body: dict[str, object], prompt: str) -> dict[str, object]:
+    """Stream an answer; return what a client makes of it."""
+    sampling = {"temperature": 0, "ignore_eos": True}
+    full: dict[str, object] = {"model": "gdn", "stream": True, "max_tokens": 8, **sampling, **body}
+    if path == "/generate":
+        full = {"text": prompt, "stream": True, "sampling_params": {"max_new_tokens": 8, **sampling}, **body}
+    elif "chat" in path:
+        full["messages"] = [{"role": "user", "content": prompt}]
+    else:
+        full["prompt"] = prompt
+    text, probs, finish, usage, heads = "", [], [], None, set()
+    with requests.post(f"{url}{path}", json=full, stream=True, timeout=60) as answer:
+        assert answer.status_code == 200, answer.text
+        events = [line[6:] for line in answer.iter_lines() if line]
+    assert events[-1] == b"[DONE]"
+    for event in map(json.loads, events[:-1]):
+        assert "error" not in event, event
+        if path == "/generate":
+            text, probs = event["text"], event["meta_info"]["output_token_logprobs"]
+            finish = (
+                [event["meta_info"]["finish_reason"]["type"]] if event["meta_info"]["finish_reason"] else []
+            )
+            heads.add(event["meta_info"]["id"])
+            continue
+        heads.add((event["id"], event["created"]))
+        usage = event.get("usage") or usage
+        for choice in event["choices"]:
+            text += choice["delta"].get("content") or "" if "chat" in path else choice["text"]
+            found = choice["logprobs"] or {}
+            probs += found.get("content") or found.get("token_logprobs") or []
+            finish += [choice["finish_reason"]] if choice["finish_reason"] else []
+    assert len(heads) == 1
+    return {"text": text, "logprobs": probs, "finish": finish, "usage": usage}
+
+
+@pytest.mark.parametrize(("path", "body"), STREAMS, ids=str)
+def test_the_first_token_comes_from_prefill_and_the_stream_is_decodes(
+    far_router: str, path: str, body: dict[str, object]
+) -> None:
+    """Before KV has crossed the link the client has it; it gets what decode alone would have streamed.
+
+    `no_stop_trim` keeps the router from sending it early, for the comparison.
+    """
+    before = first_tokens(far_router)
+    # continued by text, not by a special token
+    prompt = "Hello" if "chat" in path else "The quick brown fox jumps over the lazy dog and"
+    held: dict[str, object] = {
+        "sampling_params": {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True, "no_stop_trim": True}
+    }
+    held = held if path == "/generate" else {"no_stop_trim": True}
+    alone = told(far_router, path, {**body, **held}, prompt)
+    for _ in range(3):
+        assert told(far_router, path, body, prompt) == alone
+    after = first_tokens(far_router)
+    assert after["stop_condition"] == before["stop_condition"] + 1
+    assert after["prefill"] == before["prefill"] + 3
+
+
+def first_tokens(url: str) -> dict[str, float]:
+    """Return how many streams got their first token from where."""
+    text = requests.get(f"{url}/metrics", timeout=10).text
+    found = re.findall(r'prfaas_router_first_tokens_total\{outcome="(\w+)"\} (\S+)', text)
+    return {"prefill": 0.0, "stop_condition": 0.0, **{name: float(value) for name, value in found}}
 
 
 @pytest.mark.parametrize(

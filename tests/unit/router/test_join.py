@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from router.core.join import FirstToken, Mismatch, Rest, hold_reason, stop_strings
 from router.core.sse import SseParser
+from router.openai import Api
 
-APIS = ["chat", "completion", "generate"]
+APIS = list(Api)
 TOKENS = st.lists(st.text(st.sampled_from('abc é\n"{}漢'), min_size=1, max_size=4), min_size=1, max_size=8)
 
 
@@ -160,16 +161,16 @@ def test_a_token_that_decode_might_not_emit_is_held(
 @pytest.mark.parametrize(
     ("api", "body", "reason"),
     [
-        ("chat", {}, "not_streamed"),
-        ("chat", {"stream": True}, ""),
-        ("chat", {"stream": True, "n": 2}, "several_answers"),
-        ("chat", {"stream": True, "tools": [{}]}, "tools"),
-        ("chat", {"stream": True, "tools": [{}], "tool_choice": "none"}, ""),
-        ("completion", {"stream": True, "stop_token_ids": [3]}, "stop_condition"),
-        ("completion", {"stream": True, "skip_special_tokens": False}, "special_tokens"),
-        ("generate", {"stream": True}, "several_answers"),
-        ("generate", {"stream": True, "sampling_params": {"stop_regex": "a+"}}, "stop_condition"),
-        ("generate", {"stream": True, "sampling_params": {}}, ""),
+        (Api.CHAT, {}, "not_streamed"),
+        (Api.CHAT, {"stream": True}, ""),
+        (Api.CHAT, {"stream": True, "n": 2}, "several_answers"),
+        (Api.CHAT, {"stream": True, "tools": [{}]}, "tools"),
+        (Api.CHAT, {"stream": True, "tools": [{}], "tool_choice": "none"}, ""),
+        (Api.COMPLETION, {"stream": True, "stop_token_ids": [3]}, "stop_condition"),
+        (Api.COMPLETION, {"stream": True, "skip_special_tokens": False}, "special_tokens"),
+        (Api.GENERATE, {"stream": True}, "several_answers"),
+        (Api.GENERATE, {"stream": True, "sampling_params": {"stop_regex": "a+"}}, "stop_condition"),
+        (Api.GENERATE, {"stream": True, "sampling_params": {}}, ""),
     ],
 )
 def test_requests_whose_first_token_is_decodes(api: str, body: dict[str, Any], reason: str) -> None:
@@ -179,11 +180,11 @@ def test_requests_whose_first_token_is_decodes(api: str, body: dict[str, Any], r
 
 def test_stop_strings_of_both_shapes() -> None:
     """A string, a list, or native sampling parameters; nonsense is left to the worker."""
-    assert stop_strings("chat", {"stop": "a"}) == ["a"]
-    assert stop_strings("completion", {"stop": ["a", "", 3]}) == ["a"]
-    assert stop_strings("generate", {"sampling_params": {"stop": ["b"]}}) == ["b"]
-    assert stop_strings("generate", {"sampling_params": [1]}) == []
-    assert stop_strings("chat", {"stop": 5}) == []
+    assert stop_strings(Api.CHAT, {"stop": "a"}) == ["a"]
+    assert stop_strings(Api.COMPLETION, {"stop": ["a", "", 3]}) == ["a"]
+    assert stop_strings(Api.GENERATE, {"sampling_params": {"stop": ["b"]}}) == ["b"]
+    assert stop_strings(Api.GENERATE, {"sampling_params": [1]}) == []
+    assert stop_strings(Api.CHAT, {"stop": 5}) == []
 
 
 @given(st.sampled_from(APIS), st.binary(max_size=60), st.text(max_size=3))
