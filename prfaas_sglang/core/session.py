@@ -11,7 +11,7 @@ complete.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cache_service.core.errors import LocalProtocolError, RemoteProtocolError
@@ -90,6 +90,11 @@ class ExportSession:
         if self.prompt_pages is not None and pages != self.prompt_pages:
             raise RemoteProtocolError(
                 f"grant: prefix and pages make {pages} pages, the prompt has {self.prompt_pages}",
+                reason="grant",
+            )
+        if self.offered_pages > pages or (self.last_seen and self.offered_pages != pages):
+            raise RemoteProtocolError(
+                f"grant: prefix and pages make {pages} pages, {self.offered_pages} were computed",
                 reason="grant",
             )
         self.grant = grant
@@ -220,7 +225,7 @@ class ExportSession:
             )
         return surplus
 
-    def pieces(self, part: Part, missing: Sequence[Missing] | None = None) -> Iterator[Piece]:
+    def pieces(self, part: Part, missing: Ranges | None = None) -> Iterator[Piece]:
         """Cut a part into pieces; what decode holds already is left out.
 
         Args:
@@ -268,17 +273,25 @@ class ExportSession:
                 yield replace(piece, staged=staged, mark=part.mark)
 
 
+#: Position ranges (from, to) by component and tensor.
+Ranges = Mapping[tuple[int, int], Sequence[tuple[int, int]]]
+
+
+def ranges_of(missing: Sequence[Missing]) -> Ranges:
+    """Return what is missing by component and tensor."""
+    found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for m in missing:
+        found.setdefault((m.component, m.tensor), []).append((m.first, m.first + m.count))
+    return found
+
+
 def _overlaps(
-    component: int, tensor: int, first: int, end: int, missing: Sequence[Missing] | None
+    component: int, tensor: int, first: int, end: int, missing: Ranges | None
 ) -> list[tuple[int, int]]:
     """Return what of the positions first..end of a tensor is to be sent."""
     if missing is None:
         return [(first, end)]
-    spans = [
-        (max(first, m.first), min(end, m.first + m.count))
-        for m in missing
-        if m.component == component and m.tensor == tensor
-    ]
+    spans = [(max(first, a), min(end, b)) for a, b in missing.get((component, tensor), ())]
     return [(start, stop) for start, stop in spans if start < stop]
 
 

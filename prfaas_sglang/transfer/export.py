@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from prfaas_sglang.core.framing import FrameType, Missing, encode_total
 from prfaas_sglang.core.outbox import due_s
-from prfaas_sglang.core.session import ExportSession, Part
+from prfaas_sglang.core.session import ExportSession, Part, ranges_of
 from prfaas_sglang.transfer.bundle import Bundle
 from prfaas_sglang.transfer.channel import Channel
 from prfaas_sglang.transfer.staging import Extent
@@ -135,6 +135,17 @@ class Export:
             reason=reason,
         )
 
+    def stale(self, now_s: float, *, hold_s: float, park_s: float) -> str:
+        """Return why it has waited too long for the other side, "" when it has not."""
+        if self.channel is not None:
+            late = not self.engine_opened and now_s - self.opened_s > hold_s
+            return f"no request came for the grant in {hold_s:.0f} s" if late else ""
+        if self.parked_s is not None:
+            late = now_s - self.parked_s > park_s
+            return f"connection to decode worker lost, and not resumed in {park_s:.0f} s" if late else ""
+        late = now_s - (self.prefill_end_s or now_s) > hold_s
+        return f"no decode worker asked for it in {hold_s:.0f} s" if late else ""
+
     # --- with `lock` held ---
 
     def finished_copying(self) -> None:
@@ -162,7 +173,8 @@ class Export:
 
         Raises RemoteProtocolError when what was offered does not fit the grant.
         """
-        offered = [self.session.pieces(part, missing) for part in self.parts]
+        ranges = None if missing is None else ranges_of(missing)
+        offered = [self.session.pieces(part, ranges) for part in self.parts]
         self.channel, self.transfer, self.parked_s = channel, transfer, None
         self.sent_to = channel.peer.site, channel.peer.worker
         if self.granted_s is None:
@@ -196,6 +208,7 @@ class DecodePeer:
     """A decode worker's bundle and its connections."""
 
     bundle: Bundle
+    site: str
     worker: str
     channels: list[Channel] = field(default_factory=list)
     transfers: dict[int, Export] = field(default_factory=dict)

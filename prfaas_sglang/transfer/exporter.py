@@ -54,6 +54,7 @@ logger = logging.getLogger(__name__)
 #: Decode workers connected at once, and grants waiting for their request: bounds against a broken peer.
 MAX_PEERS = 256
 MAX_GRANTS = 4096
+MAX_GRANTS_PER_PEER = 1024
 #: How long a transfer whose connection broke waits for decode to resume it: decode may hear of the break by
 #: silence only (channel.PING_S * MISSED), and then has to dial.
 PARK_S = 30.0
@@ -212,9 +213,9 @@ class Exporter:
         if export is not None and not export.released:
             self.abort(room, "prefill released the request")
 
-    def abort(self, room: int, reason: str) -> None:
-        """Give a room up and tell decode; its pages may be reused at once."""
-        export = self._end(room, "failed", reason)
+    def abort(self, room: int, reason: str, *, notify: bool = False) -> None:
+        """Give a room up and tell decode (and the engine with `notify`); its pages may be reused at once."""
+        export = self._end(room, "failed", reason, notify=notify)
         if export is not None and export.channel is not None:
             export.channel.post(FrameType.ABORT, export.transfer, [encode_reason(reason)])
 
@@ -247,16 +248,11 @@ class Exporter:
         """End rooms that are ready and whose grant never came; on the stager's thread."""
         now_s = time.monotonic()
         with self._lock:
-            waiting = [e for e in self._exports.values() if e.channel is None]
+            waiting = [e for e in self._exports.values() if e.channel is None or not e.engine_opened]
         for export in waiting:
-            reason = ""
-            if export.parked_s is not None:
-                if now_s - export.parked_s > self._park_s:
-                    reason = f"connection to decode worker lost, and not resumed in {self._park_s:.0f} s"
-            elif now_s - (export.prefill_end_s or now_s) > self._hold_s:
-                reason = f"no decode worker asked for it in {self._hold_s:.0f} s"
+            reason = export.stale(now_s, hold_s=self._hold_s, park_s=self._park_s)
             if reason:
-                self._end(export.room, "failed", reason, notify=True)
+                self.abort(export.room, reason, notify=True)
 
     # --- writer threads ---
 
@@ -363,7 +359,12 @@ class Exporter:
         with self._lock:
             export = self._exports.get(grant.room)
             again = export is not None and export.session.grant is not None
-            taken = transfer in peer.transfers or len(self._exports) >= MAX_GRANTS or peer.lost
+            taken = (
+                transfer in peer.transfers
+                or len(peer.transfers) >= MAX_GRANTS_PER_PEER
+                or len(self._exports) >= MAX_GRANTS
+                or peer.lost
+            )
             if not taken and not again:
                 if export is None:
                     export = self._exports[grant.room] = self._export(grant.room)
@@ -477,7 +478,7 @@ class Exporter:
                     raise RemoteProtocolError("hello.bundle: is in use", reason="bundle")
                 if len(self._peers) >= MAX_PEERS:
                     raise ConnectionLost(f"{MAX_PEERS} decode workers are connected")
-                peer = DecodePeer(Bundle(), hello.worker)
+                peer = DecodePeer(Bundle(), hello.site, hello.worker)
                 owner = peer
                 peer.bundle.on_piece(
                     lambda wire, transfer, piece: self._send_piece(owner, wire, transfer, piece)
@@ -488,7 +489,7 @@ class Exporter:
                     )
                 )
                 self._peers[hello.bundle] = peer
-            elif peer is None or peer.lost or peer.worker != hello.worker:
+            elif peer is None or peer.lost or (peer.site, peer.worker) != (hello.site, hello.worker):
                 raise RemoteProtocolError("hello.bundle: is not known", reason="bundle")
             elif any(c.index == hello.index for c in peer.channels):
                 raise RemoteProtocolError("hello.index: is in use", reason="bundle")

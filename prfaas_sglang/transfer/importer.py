@@ -268,7 +268,7 @@ class Importer:
             try:
                 sock = socket.create_connection(address, timeout=CONNECT_TIMEOUT_S)
                 break
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: a host name that cannot be one
                 if attempt >= CONNECT_ATTEMPTS or self._closed:
                     raise ConnectionLost(f"cannot reach prefill worker {host}:{port}: {error}") from error
                 pause.wait(0.2 * 2**attempt)
@@ -413,8 +413,9 @@ class Importer:
                 peer.breaks += 1
                 if broke and items and peer.resume_until_s is None:
                     peer.resume_until_s = now_s + RESUME_S
-            if peer.imports:
+            if any(broke or not item.granted for item in peer.imports.values()):
                 self._peer(peer.address)  # dials once every reader has ended
+            self._forget(peer)
         if not first:
             return
         channel.bundle.close()
@@ -433,6 +434,13 @@ class Importer:
         for item in items:
             if self._end(peer, item, "failed", reason):
                 self._on_failed(item.room, reason)
+        with self._lock:
+            self._forget(peer)
+
+    def _forget(self, peer: Peer) -> None:
+        """Drop an address that nothing is left of: addresses come with requests. With the lock held."""
+        if not (peer.channels or peer.dialing or peer.imports):
+            self._peers.pop(peer.address, None)
 
     def _end(self, peer: Peer, item: Import, outcome: str, reason: str) -> bool:
         """End a transfer once; True for the call that did."""

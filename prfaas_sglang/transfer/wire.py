@@ -34,7 +34,7 @@ _IOV_MAX = 1024
 #: Unsent bytes that the kernel may hold per connection: what an urgent frame waits behind.
 UNSENT_BYTES = 128 << 10
 #: A reader that waits for more than this is woken when this much is there.
-WAKE_BYTES = 48 << 10
+WAKE_BYTES = 192 << 10
 SO_MAX_PACING_RATE = 47
 TCP_RTO_MAX_MS = 44
 _UNLIMITED = (1 << 64) - 1

@@ -23,7 +23,7 @@ from prfaas_sglang.core.layout import (
     encode_hello,
     to_json,
 )
-from prfaas_sglang.core.session import ExportSession, ImportSession
+from prfaas_sglang.core.session import ExportSession, ImportSession, ranges_of
 from tests.fuzzing import budget, frames, mutations, payloads, u8, u16, u32, u64
 
 LAYOUT = Layout(
@@ -248,7 +248,7 @@ def test_what_is_missing_is_sent_once_whatever_a_peer_lists(
             assert ranges is listed
             continue
         assert (room, missing) == (1, ranges)
-        pieces = [piece.data for part in parts for piece in exporting.pieces(part, missing)]
+        pieces = [piece.data for part in parts for piece in exporting.pieces(part, ranges_of(missing))]
         sent = [(d.component, d.tensor, d.first + i) for d in pieces for i in range(d.count)]
         assert len(sent) == len(set(sent))
         if ranges is not listed:
