@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -81,7 +82,13 @@ def _health(server: Server, *, draining: bool) -> web.Response:
     )
     degraded = any(entry["breaker"] != State.CLOSED for entry in workers.values())
     status = "draining" if draining else "unavailable" if not served else "degraded" if degraded else "ok"
-    body = {"status": status, "site": view.local_site, "model": server.config.model.name, "workers": workers}
+    body = {
+        "status": status,
+        "site": view.local_site,
+        "model": server.config.model.name,
+        "workers": workers,
+        "links": [asdict(link) for link in server.links.links(now_s)],
+    }
     return web.json_response(body, status=503 if status in ("draining", "unavailable") else 200)
 
 

@@ -52,7 +52,10 @@ class PolicyConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class WorkerConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One SGLang server. Prefill workers need the bootstrap address as decode workers reach it."""
+    """One SGLang server. Prefill workers need the bootstrap address as decode workers reach it.
+
+    `telemetry_url` is where its KV transfers say how the links are (GET /links), "" when nobody asks.
+    """
 
     worker_id: str
     site: str
@@ -60,6 +63,7 @@ class WorkerConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     url: str
     bootstrap_host: str = ""
     bootstrap_port: int = 0
+    telemetry_url: str = ""
 
 
 class LinkConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=True):

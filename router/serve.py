@@ -23,6 +23,7 @@ from router.core.join import FirstToken, hold_reason, stop_strings
 from router.core.model import Decision, Match, Policy, PolicyName, Request
 from router.core.policy import choose
 from router.index import PrefixIndex, lookup
+from router.links import LinkTable
 from router.metrics import RouterMetrics
 from router.openai import (
     Api,
@@ -59,8 +60,10 @@ class Server:
         table: WorkerTable,
         upstream: Upstream,
         metrics: RouterMetrics,
+        links: LinkTable,
     ) -> None:
         self.config = config
+        self.links = links
         self.table = table
         self.metrics = metrics
         self._tokenizer = tokenizer

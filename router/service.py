@@ -15,6 +15,7 @@ from cache_service.core.addresses import split_address
 from router.app import DRAINING, build
 from router.config import RouterConfig
 from router.index import PrefixIndex
+from router.links import LinkCollector, LinkPoller, LinkTable
 from router.metrics import RouterMetrics
 from router.serve import Server
 from router.tokenize import PromptTokenizer, TokenizerPool
@@ -41,6 +42,9 @@ class Service:
             self._table.in_flight,
             lambda: {w: self._table.breakers.usable(w, loop.time()) for w in self._table.in_flight()},
         )
+        self._links = LinkTable()
+        self._poller = LinkPoller(self._links, config.workers)
+        self.metrics.registry.register(LinkCollector(self._links))
         self._upstream = Upstream(config.timeouts, config.limits, self.metrics)
         self._tokenizer = TokenizerPool(tokenizer, config.model.page_size, config.limits.tokenizer_threads)
         self._app = build(
@@ -51,6 +55,7 @@ class Service:
                 table=self._table,
                 upstream=self._upstream,
                 metrics=self.metrics,
+                links=self._links,
             )
         )
         self._runner = web.AppRunner(
@@ -63,6 +68,7 @@ class Service:
     async def start(self) -> str:
         """Listen; return the address ("host:port", the port as bound). Raises OSError when it is taken."""
         await self._runner.setup()
+        self._poller.start()
         host, port = split_address(self._config.listen, field="listen")
         await web.TCPSite(self._runner, host, port).start()
         address = self._runner.addresses[0]
@@ -75,6 +81,7 @@ class Service:
     async def stop(self) -> None:
         """Drain and close. Idempotent."""
         self._app[DRAINING].set()
+        await self._poller.stop()
         await self._runner.cleanup()
         await self._upstream.close()
         self._tokenizer.close()

@@ -77,6 +77,8 @@ FILL_RTTS = 1.5
 FLOOR_BYTES_PER_S = 128 << 10
 #: A step of DRAIN was futile when the smoothed round trip fell by less than this part.
 RELIEF = 0.1
+#: A queue of ours is emptying while goodput exceeds the cap by this factor.
+EMPTYING = 1.2
 #: Futile steps in a row until the round trip is taken for the path's own.
 FUTILE_STEPS = 3
 
@@ -176,7 +178,9 @@ class RateController:
             # still standing: what comes back now is all that the link gives
             self._full_bytes_per_s = self.goodput_bytes_per_s
             relieved = sample.srtt_s < (1 - RELIEF) * self._drained_from_s
-            self._futile = 0 if relieved else self._futile + 1
+            # more comes back than the cap lets out: a queue of ours is emptying, however slowly
+            emptying = self.goodput_bytes_per_s > EMPTYING * (self.cap_bytes_per_s or 0.0)
+            self._futile = 0 if relieved or emptying else self._futile + 1
             self._drained_from_s = sample.srtt_s
             if self._futile < FUTILE_STEPS:
                 deep = sample.srtt_s > 2 * sample.min_rtt_s

@@ -286,7 +286,10 @@ def _router(
             "url": f"http://{worker.host}:{ports.workers[worker.name].http}",
         }
         if worker.role == "prefill":
-            entry |= {"bootstrap_host": worker.host, "bootstrap_port": ports.workers[worker.name].bootstrap}
+            mine = ports.workers[worker.name]
+            entry |= {"bootstrap_host": worker.host, "bootstrap_port": mine.bootstrap}
+            if fleet.transfer.backend == "prfaas":
+                entry["telemetry_url"] = f"http://{LOOPBACK}:{mine.telemetry}"
         workers.append(entry)
     config = {
         "listen": f"{fleet.router.host}:{ports.router}",

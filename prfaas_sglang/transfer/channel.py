@@ -163,6 +163,7 @@ class Channel:
 
     def start(self) -> None:
         """Start both threads."""
+        self.wire.retry_often(self.index)
         self._writer.start()
         self._reader.start()
 

@@ -58,7 +58,10 @@ ANSWER = json.dumps({"id": "1", "choices": [{"message": {"content": "hi"}}], "us
 
 @dataclass
 class Worker:
-    """One scripted worker; `script` may answer instead of the usual behaviour."""
+    """One scripted worker; `script` may answer instead of the usual behaviour.
+
+    A prefill worker's stream is over at once, so that the client gets decode's, unless `stream` is set.
+    """
 
     role: str
     rooms: Rooms
@@ -118,7 +121,7 @@ class Worker:
             return web.Response(body=ANSWER, content_type="application/json")
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
-        for piece in self.stream:
+        for piece in STREAM[-1:] if self.role == "prefill" and self.stream is STREAM else self.stream:
             await response.write(piece)
         return response
 

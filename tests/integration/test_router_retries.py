@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from tests.integration.router_support import ANSWER, STREAM, answer, hang
-from tests.integration.test_router_serving import LONG, SHORT, Make, lines, make
+from tests.integration.router_support import ANSWER, STREAM, answer, chunk, hang
+from tests.integration.test_router_serving import CHAT, LONG, SHORT, Make, lines, make
 
 __all__ = ["make"]
 
@@ -204,3 +204,61 @@ async def test_a_request_that_breaks_workers_is_not_sent_to_all_of_them(make: Ma
     assert response.status == 502
     assert b"broke off" in got
     assert sum(len(worker.bodies) for worker in prefills) == 2
+
+
+def first_token(text: str) -> tuple[bytes, ...]:
+    """A prefill worker's stream of one token."""
+    done = b'data: {"choices": [{"delta": {}, "finish_reason": "length"}]}\n\n'
+    return (chunk(text), done, b"data: [DONE]\n\n")
+
+
+async def test_the_first_token_does_not_wait_for_decode(make: Make) -> None:
+    """Prefill has it while decode still waits for KV: the client gets it, then decode's rest, once each."""
+    fleet = await make()
+    fleet["b-prefill"].stream = first_token("caf\u00e9 ")
+    go = asyncio.Event()
+
+    async def script(_: web.Request, __: dict[str, Any]) -> None:
+        await go.wait()
+
+    fleet["b-decode"].script = script
+    async with fleet.client.post(CHAT, json=SHORT | {"stream": True}) as response:
+        first = await response.content.readuntil(b"\n\n")
+        assert json.loads(first[6:])["choices"][0]["delta"]["content"] == "caf\u00e9 "
+        go.set()
+        rest = await response.content.read()
+    texts = [json.loads(e[6:])["choices"][0]["delta"]["content"] for e in rest.split(b"\n\n")[:-2]]
+    assert "".join(texts) == "end"
+    assert rest.endswith(b"data: [DONE]\n\n")
+    assert await fleet.metric('prfaas_router_first_tokens_total{outcome="prefill"} 1.0')
+
+
+@pytest.mark.parametrize(("second", "ends"), [("caf\u00e9 ", "ok"), ("other ", "broken")])
+async def test_a_route_that_fails_behind_the_first_token_is_replaced(
+    make: Make, second: str, ends: str
+) -> None:
+    """Decode breaks after the token was sent: another goes on behind the same token, or the stream ends."""
+    fleet = await make(second_decode=True)
+    for name in ("a-prefill", "b-prefill"):
+        fleet[name].stream = first_token("caf\u00e9 ")
+    sent = asyncio.Event()
+    calls = 0
+
+    async def script(_: web.Request, __: dict[str, Any]) -> web.StreamResponse | None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            await sent.wait()
+            return web.json_response({"error": {"message": "broke", "code": 500}}, status=500)
+        return None
+
+    for name in ("b-decode", "b-decode2"):
+        fleet[name].script = script
+        fleet[name].stream = (chunk(second), *STREAM[2:])
+    async with fleet.client.post(CHAT, json=SHORT | {"stream": True}) as response:
+        first = await response.content.readuntil(b"\n\n")
+        assert b"caf" in first
+        sent.set()
+        rest = await response.content.read()
+    assert (b"stream_broken" in rest) == (ends == "broken")
+    assert (b'"end"' in rest) == (ends == "ok")
