@@ -1,8 +1,8 @@
 """What the KV transfers say of the links: asked of every prefill worker once a second.
 
 Keeps the latest word of each worker and link; a worker that does not answer is silent, never an error.
-Nothing is believed beyond its shape: numbers that are not numbers, other sites than the worker's own, and more
-than MAX_LINKS of them are left out.
+Nothing is believed beyond its shape: numbers that are not numbers, other sites than the worker's own, and
+more than MAX_LINKS of them are left out.
 """
 
 from __future__ import annotations
