@@ -1,12 +1,14 @@
 """Whether to compress KV on a link: the modes, the codec numbers of the wire, and the adaptive choice.
 
-Compressing pays while the link is slower than the codec. With n threads that encode C raw bytes a second each,
-m that decode D, a link of B and a ratio r, frames that are encoded, sent and decoded one behind the other move
+Compressing pays while the link is slower than the codec. With n threads that encode C raw bytes a second
+each, m that decode D, a link of B and a ratio r, frames that are encoded, sent and decoded one behind the
+other move
 
     min(n C, r B, m D)   raw bytes a second, against B
 
-The chooser starts on this forecast and goes on by what it sees: what arrives, times the ratio, must beat what
-the link gave without the codec. No clock, threads or bytes here: rates and times come in, a decision goes out.
+The chooser starts on this forecast and goes on by what it sees: what arrives, times the ratio, must beat
+what the link gave without the codec. No clock, threads or bytes here: rates and times come in, a decision
+goes out.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
 from prfaas_sglang.core.framing import RAW
+from prfaas_sglang.core.layout import Component
 
 #: Codec numbers of a DATA frame; RAW is 0. See docs/wire-protocol.md.
 PLANES = 1
@@ -36,12 +39,15 @@ CODECS = {
     Mode.LOSSLESS: frozenset({RAW, PLANES}),
     Mode.FP8: frozenset({RAW, PLANES, FP8}),
 }
-#: Element types by the name that a layout uses, and their bytes.
-ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1}
 #: Element types that FP8 may stand for.
 FP8_ELEMENTS = frozenset({"float32", "float16", "bfloat16"})
 #: Components that are read by attention alone: a rounded linear state would stay wrong for the whole answer.
 FP8_KINDS = frozenset({"kv", "swa"})
+
+
+def takes_fp8(component: Component) -> bool:
+    """True when a component's rows may be rounded, where the operator wants it."""
+    return component.kind in FP8_KINDS and component.element in FP8_ELEMENTS
 
 
 def pipelined(threads: int, encode: float, ratio: float, link: float, decode: float) -> float:
@@ -69,7 +75,7 @@ START = 1.10
 KEEP = 1.02
 #: A ratio under this is not worth any processor time.
 MIN_RATIO = 1.05
-#: Frames encoded at once to learn a component's ratio, then one in PROBE_S (one in HARD_OFF_S under MIN_RATIO).
+#: Frames encoded at once to learn a component's ratio; then one in PROBE_S, or in HARD_OFF_S under MIN_RATIO.
 FIRST_PROBES = 4
 PROBE_S = 1.0
 HARD_OFF_S = 30.0
@@ -82,7 +88,8 @@ SLACK = 1.4
 RECHECK_S = 10.0
 PAUSE_S = 0.6
 SETTLE_S = 0.3
-#: After the codec did not keep its promise: off for this long, twice as long each time, unless the link changed.
+#: After the codec did not keep its promise it is off for this long, twice as long each time, unless the link
+#: changed.
 BACKOFF_S = 4.0
 BACKOFF_MAX_S = 120.0
 CHANGED = 0.25

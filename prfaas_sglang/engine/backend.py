@@ -28,6 +28,7 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 from cache_service.core.addresses import split_address
 from cache_service.core.errors import ConfigError, LocalProtocolError, PrfaasError, TransferError
 from prfaas_sglang import config
+from prfaas_sglang.core.compression import CODECS, Mode
 from prfaas_sglang.core.framing import Grant
 from prfaas_sglang.engine import layerwise, pools
 from prfaas_sglang.engine.hooks import announce_prompts
@@ -59,7 +60,13 @@ class PrfaasManager(CommonKVManager):
         else:
             logger.warning("kv_in_the_clear worker=%s hint=set tls in PRFAAS_CONFIG", worker.worker_id)
         identity = Identity(
-            mode.value, worker.site, worker.worker_id, self.attn_tp_rank, layout, worker.peer_sites
+            mode.value,
+            worker.site,
+            worker.worker_id,
+            self.attn_tp_rank,
+            layout,
+            worker.peer_sites,
+            CODECS[Mode(worker.compression)],
         )
         self.telemetry = telemetry.Telemetry(worker.site)
         if mode == DisaggregationMode.PREFILL:

@@ -1,11 +1,11 @@
 """Rows to fewer bytes and back: lossless byte planes, and FP8 with one scale for each row.
 
 Lossless: floats of one tensor have few different exponents and random mantissas. Elements are rotated by one
-bit, so that the exponent has a byte of its own, and split into planes of first, second, ... bytes; a plane that
-shrinks goes through zstd's entropy coder, the others as they are. Bit-exact for any bytes.
+bit, so that the exponent has a byte of its own, and split into planes of first, second, ... bytes; a plane
+that shrinks goes through zstd's entropy coder, the others as they are. Bit-exact for any bytes.
 
-FP8: e4m3 (4 significant bits) times a power of two for each row, the codes as one plane. Rows with a NaN or an
-infinity are not coded. Deterministic, and what lands is of the original type again.
+FP8: e4m3 (4 significant bits) times a power of two for each row, the codes as one plane. Frames with a NaN
+or an infinity are not coded. Deterministic, and what lands is of the original type again.
 
 What comes from a peer is checked before anything is allocated; RemoteProtocolError says what was wrong.
 Formats: docs/wire-protocol.md. Functions are thread-safe.
@@ -23,13 +23,15 @@ import zstandard
 from numpy.typing import NDArray
 
 from cache_service.core.errors import LocalProtocolError, RemoteProtocolError
-from prfaas_sglang.core.compression import ELEMENT_BYTES, FP8_ELEMENTS
+from prfaas_sglang.core.compression import FP8, FP8_ELEMENTS
+from prfaas_sglang.core.framing import Data
+from prfaas_sglang.core.layout import ELEMENT_BYTES, Layout
 
 Buffer = bytes | bytearray | memoryview
 _Bytes = NDArray[np.uint8]
 
-#: Matches are not worth looking for in exponents: a table of 64 entries makes zstd an entropy coder, 3 times as
-#: fast as level 1 and denser (docs/compression.md).
+#: Matches are not worth looking for in exponents: a table of 64 entries makes zstd an entropy coder, 3 times
+#: as fast as level 1 and denser (docs/compression.md).
 _PARAMETERS = zstandard.ZstdCompressionParameters(
     window_log=20,
     chain_log=6,
@@ -243,3 +245,15 @@ def _e4m3() -> NDArray[np.float64]:
     size = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * np.exp2(exponent - 10.0))
     size[(code & 0x7F) == 0x7F] = np.nan
     return np.where(code >= 128, -size, size)
+
+
+# --- a frame ---
+
+
+def decode(layout: Layout, data: Data, payload: Buffer) -> memoryview:
+    """Return the row bytes of a coded frame that `ImportSession.place` took. Raises RemoteProtocolError."""
+    component = layout.components[data.component]
+    size = data.count * component.row_bytes[data.tensor]
+    if data.codec == FP8:
+        return decode_fp8(payload, component.element, data.count, size)
+    return decode_planes(payload, size)
