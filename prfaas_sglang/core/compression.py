@@ -81,11 +81,12 @@ PROBE_S = 1.0
 HARD_OFF_S = 30.0
 #: Weight of a new measurement in the averages.
 WEIGHT = 0.3
-#: With this much to spare the codec does not hold the link up: what arrives is what the link gives.
-SLACK = 1.4
-#: Otherwise the link is measured without the codec this often, for this long; the first part is left out,
-#: because coded frames are still under way.
+#: What the link gives without the codec is not seen while that is in use. It is measured anew this often (less
+#: often while the codec could feed a link SLACK times as fast), for PAUSE_S. SETTLE_S after each change are
+#: left out: frames of before are still under way.
 RECHECK_S = 10.0
+RECHECK_SLACK_S = 30.0
+SLACK = 1.4
 PAUSE_S = 0.6
 SETTLE_S = 0.3
 #: After the codec did not keep its promise it is off for this long, twice as long each time, unless the link
@@ -124,10 +125,11 @@ class Chooser:
     _kinds: dict[int, _Kind] = field(default_factory=dict)
     _changed_s: float = 0.0
     _pause_until_s: float = 0.0
-    _link_seen_s: float = 0.0
+    _measured_s: float = 0.0
     _arriving: float = 0.0
     _failed_link: float = 0.0
     _retry_s: float = 0.0
+    _suspect: bool = False  # the link was measured anew because too little arrived
     _backoff_s: float = BACKOFF_S
 
     def next(self, now_s: float, component: int) -> Step:
@@ -166,22 +168,20 @@ class Chooser:
             goodput: wire bytes per second that arrived lately, while bytes waited to be sent.
             threads: threads that may encode at once.
         """
-        if goodput <= 0:
-            return
-        if now_s < self._pause_until_s:
-            if now_s >= self._changed_s + SETTLE_S:
-                self._link_is(now_s, goodput)
+        pausing = now_s < self._pause_until_s
+        changed_s = self._changed_s if pausing else max(self._changed_s, self._pause_until_s)
+        if goodput <= 0 or now_s < changed_s + SETTLE_S:
             return
         kind = self._main()
-        if not self.on:
-            if now_s >= self._changed_s + SETTLE_S:
-                self._link_is(now_s, goodput)
-                if kind is not None and self._promises(now_s, kind, threads):
-                    self._switch(now_s, on=True)
-            return
-        if kind is None:
+        if pausing:
+            self.link = _blend(self.link, goodput)
+        elif not self.on:
+            self.link = _blend(self.link, goodput)
+            if kind is not None and self._promises(now_s, kind, threads):
+                self._switch(now_s, on=True)
+        elif kind is None:
             self._switch(now_s, on=False)
-        elif now_s >= self._changed_s + SETTLE_S:
+        else:
             self._judge(now_s, kind, goodput, threads)
 
     def _promises(self, now_s: float, kind: _Kind, threads: int) -> bool:
@@ -192,30 +192,35 @@ class Chooser:
 
     def _judge(self, now_s: float, kind: _Kind, goodput: float, threads: int) -> None:
         self._arriving = _blend(self._arriving, goodput)
-        room = threads * min(kind.encode, kind.decode)
-        if room >= SLACK * kind.ratio * self._arriving or self._arriving > self.link:
-            self._link_is(now_s, self._arriving)
+        if self._arriving > self.link:
+            self.link = self._arriving
+        slack = threads * min(kind.encode, kind.decode) >= SLACK * kind.ratio * self._arriving
         if pipelined(threads, kind.encode, kind.ratio, self.link, kind.decode) < KEEP * self.link:
             self._switch(now_s, on=False)  # the link has become faster, or the codec slower
-        elif now_s >= self._link_seen_s + RECHECK_S:
-            self._changed_s, self._pause_until_s = now_s, now_s + PAUSE_S
-            self.link = self._arriving = 0.0
-            self._backoff_s = BACKOFF_S
         elif self._arriving * kind.ratio < KEEP * self.link:
-            # not what was promised: processors that others need, or a codec that others use too
-            self._failed_link, self._retry_s = self.link, now_s + self._backoff_s
-            self._backoff_s = min(2 * self._backoff_s, BACKOFF_MAX_S)
-            self._switch(now_s, on=False)
+            if not self._suspect:  # a slower link, or a codec that does not keep its promise?
+                self._suspect = True
+                self._pause(now_s)
+            else:  # the latter: others use the processors
+                self._failed_link, self._retry_s = self.link, now_s + self._backoff_s
+                self._backoff_s = min(2 * self._backoff_s, BACKOFF_MAX_S)
+                self._switch(now_s, on=False)
+        elif now_s >= self._measured_s + (RECHECK_SLACK_S if slack else RECHECK_S):
+            self._backoff_s = BACKOFF_S
+            self._pause(now_s)
+        elif now_s >= self._changed_s + RECHECK_S / 2:
+            self._suspect = False
+
+    def _pause(self, now_s: float) -> None:
+        self._measured_s, self._pause_until_s = now_s, now_s + PAUSE_S
+        self._changed_s = now_s
+        self.link = self._arriving = 0.0
 
     def _switch(self, now_s: float, *, on: bool) -> None:
-        self.on, self._changed_s, self._arriving = on, now_s, 0.0
-        if on:
-            self._link_seen_s = now_s
-        else:
+        self.on, self._changed_s, self._measured_s = on, now_s, now_s
+        self._arriving, self._suspect = 0.0, False
+        if not on:
             self.link = 0.0
-
-    def _link_is(self, now_s: float, goodput: float) -> None:
-        self.link, self._link_seen_s = _blend(self.link, goodput), now_s
 
     @staticmethod
     def _shrinks(kind: _Kind) -> bool:

@@ -200,7 +200,11 @@ def _as_bfloat16(raw: _Bytes, element: str) -> NDArray[np.uint16]:
     """Return bit patterns of bfloat16, rounded to odd: rounding them again to 4 bits is as rounding once."""
     if element == "bfloat16":
         return raw.view(np.uint16)
-    single = raw.view(np.float32) if element == "float32" else raw.view(np.float16).astype(np.float32)
+    if element == "float32":
+        single = raw.view(np.float32)
+    else:
+        with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+            single = raw.view(np.float16).astype(np.float32)
     bits = single.view(np.uint32)
     odd: NDArray[np.uint16] = ((bits >> 16) | ((bits & 0xFFFF) != 0)).astype(np.uint16)
     return odd
