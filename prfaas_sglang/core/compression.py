@@ -81,9 +81,9 @@ PROBE_S = 1.0
 HARD_OFF_S = 30.0
 #: Weight of a new measurement in the averages.
 WEIGHT = 0.3
-#: What the link gives without the codec is not seen while that is in use. It is measured anew this often (less
-#: often while the codec could feed a link SLACK times as fast), for PAUSE_S. SETTLE_S after each change are
-#: left out: frames of before are still under way.
+#: What the link gives without the codec is not seen while that is in use. It is measured anew this often,
+#: more rarely while the codec could feed a link SLACK times as fast, for PAUSE_S. SETTLE_S after each change
+#: are left out: frames of before are still under way.
 RECHECK_S = 10.0
 RECHECK_SLACK_S = 30.0
 SLACK = 1.4

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.disaggregation.base.conn import BaseKVBootstrapServer, KVPoll
 from sglang.srt.disaggregation.common.conn import (
     CommonKVManager,
@@ -52,7 +53,12 @@ class PrfaasManager(CommonKVManager):
         super().__init__(args, mode, server_args, is_mla_backend)
         announce_prompts()
         self.server_socket.close(linger=0)  # the base class's control socket; nobody may talk to it
-        layout = pools.describe(args, model=server_args.served_model_name, tp_size=self.attn_tp_size)
+        layout = pools.describe(
+            args,
+            model=server_args.served_model_name,
+            tp_size=self.attn_tp_size,
+            model_dtype=str(ModelConfig.from_server_args(server_args).dtype).removeprefix("torch."),
+        )
         memory = pools.row_memory(args, layout)
         tls = None
         if worker.tls is not None:

@@ -12,7 +12,7 @@ from prfaas_sglang.transfer.memory import RowMemory
 
 #: State components whose rows mean the same on both sides and that were tested.
 SUPPORTED_STATES = ("mamba", "swa")
-#: SGLang's names of KV types to ours; any other is moved without knowing its elements.
+#: SGLang's names of KV types to ours; rows of any other are moved without knowing their elements.
 _ELEMENTS = {
     "float32": "float32",
     "float16": "float16",
@@ -24,13 +24,17 @@ _ELEMENTS = {
 }
 
 
-def describe(args: Any, *, model: str, tp_size: int) -> Layout:
+def describe(args: Any, *, model: str, tp_size: int, model_dtype: str) -> Layout:
     """Return the layout that `args` (SGLang's KVArgs) describes.
+
+    Args:
+        model_dtype: type that the model computes in, which KV of type "auto" has.
 
     Raises UnsupportedEngine for pools that this release cannot carry.
     """
     states = []
-    element = _ELEMENTS.get(str(args.kv_cache_dtype_str), "")
+    kv_dtype = str(args.kv_cache_dtype_str)
+    element = _ELEMENTS.get(model_dtype if kv_dtype == "auto" else kv_dtype, "")
     layer_ids = list(getattr(args, "state_layer_ids", None) or [])
     for i, (kind, lengths) in enumerate(zip(args.state_types, args.state_item_lens, strict=True)):
         name = str(getattr(kind, "value", kind))
@@ -45,7 +49,7 @@ def describe(args: Any, *, model: str, tp_size: int) -> Layout:
         engine=f"sglang {engine_version()}",
         model=model,
         page_size=int(args.page_size),
-        kv_dtype=str(args.kv_cache_dtype_str),
+        kv_dtype=kv_dtype,
         tp_size=tp_size,
         components=(
             Component("kv", tuple(int(v) for v in args.kv_item_lens), kv_ids, element),
