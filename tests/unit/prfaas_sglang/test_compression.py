@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cache_service.core.errors import RemoteProtocolError
 from prfaas_sglang.core.compression import (
     CODECS,
     FIRST_PROBES,
+    FP8,
     HARD_OFF_S,
     MIN_RATIO,
+    PLANES,
     PROBE_S,
     Chooser,
     Mode,
@@ -20,7 +24,18 @@ from prfaas_sglang.core.compression import (
     pipelined,
     takes_fp8,
 )
-from prfaas_sglang.core.layout import Component
+from prfaas_sglang.core.framing import Data
+from prfaas_sglang.core.layout import (
+    Component,
+    Hello,
+    Layout,
+    check_layout,
+    decode_hello,
+    differences,
+    encode_hello,
+    to_json,
+)
+from prfaas_sglang.core.session import ImportSession
 
 FRAME = 256 << 10
 TICK_S = 0.02
@@ -161,6 +176,53 @@ def test_components_are_judged_apart() -> None:
     steps = {c: {chooser.next(4.0 + TICK_S * i, c) for i in range(10)} for c in (0, 1)}
     assert Step.CODE in steps[0]
     assert Step.CODE not in steps[1]
+
+
+def test_a_hello_carries_codecs_and_an_older_one_none() -> None:
+    """Missing means rows as they are; anything but small numbers is refused."""
+    hello = Hello("decode", "B", "b", 0, {}, codecs=(0, 1, 2))
+    assert decode_hello(encode_hello(hello)) == hello
+    value = json.loads(encode_hello(hello))
+    del value["codecs"]
+    assert decode_hello(json.dumps(value).encode()).codecs == ()
+    for wrong in ("1", [256], [-1], [True], [1.0], [0] * 17, {"0": 1}):
+        with pytest.raises(RemoteProtocolError, match=r"hello\.codecs"):
+            decode_hello(json.dumps({**value, "codecs": wrong}).encode())
+
+
+def layout(element: str, row_bytes: int = 4096) -> Layout:
+    """Return a layout of KV and metadata."""
+    return Layout("e", "m", 64, "auto", 1, (Component("kv", (row_bytes,), element=element), Component("aux", (8,))))
+
+
+def test_elements_are_checked_and_compared() -> None:
+    """An unknown element or a row that is not whole elements is refused; none at all is as before."""
+    check_layout(layout("bfloat16"))
+    check_layout(layout(""))
+    assert "element" not in json.dumps(to_json(layout("")))
+    for wrong in (layout("float64"), layout("float32", 4098)):
+        with pytest.raises(ValueError, match="elements are float32"):
+            check_layout(wrong)
+    assert "float16" in differences(layout("bfloat16"), to_json(layout("float16")))[0]
+
+
+def test_coded_frames_are_bounded_before_they_are_read() -> None:
+    """Only allowed codecs, only shorter than their rows, only rows that would fit a raw frame."""
+    session = ImportSession(layout("bfloat16"), range(4000), [], 0, CODECS[Mode.LOSSLESS])
+    for data, length, reason in (
+        (Data(0, 0, 0, 2, 3), 100, "codec"),
+        (Data(0, 0, 0, 2, FP8), 100, "codec"),
+        (Data(0, 0, 0, 2, PLANES), 8192, "length"),
+        (Data(0, 0, 0, 2049, PLANES), 100, "length"),
+        (Data(0, 0, 0, 4001, PLANES), 100, "range"),
+    ):
+        with pytest.raises(RemoteProtocolError) as caught:
+            session.place(data, length)
+        assert caught.value.reason == reason
+    assert list(session.place(Data(0, 0, 0, 2048, PLANES), 100)) == list(range(2048))
+    rounding = ImportSession(layout("fp8"), range(4), [], 0, CODECS[Mode.FP8])
+    with pytest.raises(RemoteProtocolError, match="codec 2"):
+        rounding.place(Data(0, 0, 0, 1, FP8), 100)
 
 
 def test_modes_and_components() -> None:
