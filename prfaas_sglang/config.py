@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -48,6 +49,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             one of `tls` and `insecure` is given, so that plain TCP is nobody's accident.
         peer_sites: sites whose workers this one exchanges KV with; empty for any. With `tls` the peer's
             certificate proves its site, without it the peer's word is taken.
+        compression: what may be done to KV on the wire, on both sides: "lossless" compresses while that is
+            faster than the link, "fp8" also rounds KV to 8 bits (not the linear state), "none" does nothing.
     """
 
     worker_id: str
@@ -61,6 +64,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tls: TlsConfig | None = None
     insecure: bool = False
     peer_sites: tuple[str, ...] = ()
+    compression: Literal["none", "lossless", "fp8"] = "lossless"
 
     def check(self) -> None:
         """Raise ConfigError naming the first field that is wrong."""

@@ -19,6 +19,8 @@ from cache_service.core.ids import parse_name
 
 #: Component number of the KV pages; state components follow as 1, 2, ...; the aux component is the last.
 KV = 0
+#: Element types that a component may name, and their bytes.
+ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1}
 _MAX_TENSORS = 8192
 _MAX_ROW_BYTES = 1 << 30
 
@@ -31,11 +33,13 @@ class Component:
         kind: "kv", a state type of SGLang ("mamba", "swa", ...), or "aux".
         row_bytes: bytes of one row, per tensor.
         layer_ids: model layer of each tensor, () where the engine does not say.
+        element: one of ELEMENT_BYTES, what all its rows consist of; "" where the engine does not say.
     """
 
     kind: str
     row_bytes: tuple[int, ...]
     layer_ids: tuple[int, ...] = ()
+    element: str = ""
 
     @property
     def bytes_per_row(self) -> int:
@@ -86,11 +90,17 @@ def to_json(layout: Layout) -> dict[str, Any]:
         "page_size": layout.page_size,
         "kv_dtype": layout.kv_dtype,
         "tp_size": layout.tp_size,
-        "components": [
-            {"kind": c.kind, "row_bytes": list(c.row_bytes), "layer_ids": list(c.layer_ids)}
-            for c in layout.components
-        ],
+        "components": [_component_json(c) for c in layout.components],
     }
+
+
+def _component_json(component: Component) -> dict[str, Any]:
+    value: dict[str, Any] = {
+        "kind": component.kind,
+        "row_bytes": list(component.row_bytes),
+        "layer_ids": list(component.layer_ids),
+    }
+    return {**value, "element": component.element} if component.element else value
 
 
 def differences(ours: Layout, theirs: dict[str, Any]) -> list[str]:
@@ -143,6 +153,7 @@ class Hello:
         layout: the sender's layout as JSON values (checked with `differences`).
         bundle: random id of the bundle of connections that this one belongs to, chosen by decode.
         index: this connection's number in the bundle; 0 carries grants, acknowledgements and aborts.
+        codecs: codecs of DATA frames that this side sends and accepts, besides 0 (rows as they are).
     """
 
     role: str
@@ -152,11 +163,13 @@ class Hello:
     layout: dict[str, Any]
     bundle: str = ""
     index: int = 0
+    codecs: tuple[int, ...] = ()
 
 
 #: Connections in one bundle, at most.
 MAX_CONNECTIONS = 64
 MAX_RANK = 65535
+MAX_CODECS = 16
 
 
 def encode_hello(hello: Hello) -> bytes:
@@ -170,6 +183,7 @@ def encode_hello(hello: Hello) -> bytes:
             "layout": hello.layout,
             "bundle": hello.bundle,
             "index": hello.index,
+            "codecs": list(hello.codecs),
         }
     ).encode()
 
@@ -207,7 +221,12 @@ def decode_hello(payload: bytes) -> Hello:
         raise RemoteProtocolError(f"hello.index: not in 0..{MAX_CONNECTIONS - 1}", reason="hello")
     if len(value["bundle"]) > 64 or not value["bundle"].isascii() or not value["bundle"].isprintable():
         raise RemoteProtocolError("hello.bundle: not up to 64 ASCII characters", reason="hello")
-    return Hello(**{key: value[key] for key, _ in fields})
+    codecs = value.get("codecs", [])
+    if not isinstance(codecs, list) or len(codecs) > MAX_CODECS:
+        raise RemoteProtocolError(f"hello.codecs: not a list of up to {MAX_CODECS}", reason="hello")
+    if not all(type(codec) is int and 0 <= codec <= 255 for codec in codecs):
+        raise RemoteProtocolError("hello.codecs: not numbers in 0..255", reason="hello")
+    return Hello(**{key: value[key] for key, _ in fields}, codecs=tuple(codecs))
 
 
 def check_layout(layout: Layout) -> None:
@@ -221,3 +240,8 @@ def check_layout(layout: Layout) -> None:
         for row_bytes in component.row_bytes:
             if not 0 < row_bytes <= _MAX_ROW_BYTES:
                 raise ValueError(f"layout: {component.kind} row of {row_bytes} bytes")
+            if component.element and row_bytes % ELEMENT_BYTES.get(component.element, row_bytes + 1):
+                raise ValueError(
+                    f"layout: {component.kind} row of {row_bytes} bytes of {component.element}; "
+                    f"elements are {', '.join(ELEMENT_BYTES)}"
+                )

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cache_service.core.errors import LocalProtocolError, RemoteProtocolError
-from prfaas_sglang.core.framing import RAW, Data, Grant, Missing
+from prfaas_sglang.core.compression import FP8, takes_fp8
+from prfaas_sglang.core.framing import MAX_PAYLOAD_BYTES, RAW, Data, Grant, Missing
 from prfaas_sglang.core.layout import KV, Layout
 from prfaas_sglang.core.plan import DEFAULT_FRAME_BYTES, Piece, plan_component
 
@@ -304,12 +305,14 @@ class ImportSession:
         pages: this side's page numbers, in prompt order after the held prefix.
         states: this side's rows per state component.
         aux_row: this side's metadata row.
+        codecs: codecs of DATA frames that are accepted.
     """
 
     layout: Layout
     pages: Sequence[int]
     states: Sequence[Sequence[int]]
     aux_row: int
+    codecs: frozenset[int] = frozenset({RAW})
     committed_bytes: int | None = None
     received_bytes: int = 0
     _claimed: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -336,15 +339,17 @@ class ImportSession:
 
         Args:
             data: the frame's descriptor.
-            payload_bytes: row bytes that follow the descriptor.
+            payload_bytes: bytes that follow the descriptor.
 
         Raises RemoteProtocolError for anything outside the grant; nothing may be written then.
         """
         if data.component >= len(self.layout.components):
             raise RemoteProtocolError(f"data: no component {data.component}", reason="component")
-        if data.codec != RAW:
-            raise RemoteProtocolError(f"data: codec {data.codec} is not known", reason="codec")
         component = self.layout.components[data.component]
+        if data.codec not in self.codecs or (data.codec == FP8 and not takes_fp8(component)):
+            raise RemoteProtocolError(
+                f"data: codec {data.codec} is not allowed for {component.kind} here", reason="codec"
+            )
         if data.tensor >= len(component.row_bytes):
             raise RemoteProtocolError(f"data: {component.kind} has no tensor {data.tensor}", reason="tensor")
         rows = self.rows(data.component)
@@ -354,9 +359,15 @@ class ImportSession:
                 f"of {len(rows)} granted",
                 reason="range",
             )
-        if payload_bytes != data.count * component.row_bytes[data.tensor]:
+        row_bytes = data.count * component.row_bytes[data.tensor]
+        if data.codec == RAW:
+            fits = payload_bytes == row_bytes
+        else:  # the bound of a raw frame is that of a decoded one
+            fits = payload_bytes < row_bytes <= MAX_PAYLOAD_BYTES
+        if not fits:
             raise RemoteProtocolError(
-                f"data: {payload_bytes} bytes for {data.count} rows of {component.row_bytes[data.tensor]}",
+                f"data: {payload_bytes} bytes for {data.count} rows of {component.row_bytes[data.tensor]}, "
+                f"codec {data.codec}",
                 reason="length",
             )
         key, mask = (data.component, data.tensor), ((1 << data.count) - 1) << data.first

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.disaggregation.base.conn import BaseKVBootstrapServer, KVPoll
 from sglang.srt.disaggregation.common.conn import (
     CommonKVManager,
@@ -28,6 +29,7 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 from cache_service.core.addresses import split_address
 from cache_service.core.errors import ConfigError, LocalProtocolError, PrfaasError, TransferError
 from prfaas_sglang import config
+from prfaas_sglang.core.compression import CODECS, Mode
 from prfaas_sglang.core.framing import Grant
 from prfaas_sglang.engine import layerwise, pools
 from prfaas_sglang.engine.hooks import announce_prompts
@@ -51,7 +53,12 @@ class PrfaasManager(CommonKVManager):
         super().__init__(args, mode, server_args, is_mla_backend)
         announce_prompts()
         self.server_socket.close(linger=0)  # the base class's control socket; nobody may talk to it
-        layout = pools.describe(args, model=server_args.served_model_name, tp_size=self.attn_tp_size)
+        layout = pools.describe(
+            args,
+            model=server_args.served_model_name,
+            tp_size=self.attn_tp_size,
+            model_dtype=str(ModelConfig.from_server_args(server_args).dtype).removeprefix("torch."),
+        )
         memory = pools.row_memory(args, layout)
         tls = None
         if worker.tls is not None:
@@ -59,7 +66,13 @@ class PrfaasManager(CommonKVManager):
         else:
             logger.warning("kv_in_the_clear worker=%s hint=set tls in PRFAAS_CONFIG", worker.worker_id)
         identity = Identity(
-            mode.value, worker.site, worker.worker_id, self.attn_tp_rank, layout, worker.peer_sites
+            mode.value,
+            worker.site,
+            worker.worker_id,
+            self.attn_tp_rank,
+            layout,
+            worker.peer_sites,
+            CODECS[Mode(worker.compression)],
         )
         self.telemetry = telemetry.Telemetry(worker.site)
         if mode == DisaggregationMode.PREFILL:

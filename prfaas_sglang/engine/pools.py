@@ -12,30 +12,47 @@ from prfaas_sglang.transfer.memory import RowMemory
 
 #: State components whose rows mean the same on both sides and that were tested.
 SUPPORTED_STATES = ("mamba", "swa")
+#: SGLang's names of KV types to ours; rows of any other are moved without knowing their elements.
+_ELEMENTS = {
+    "float32": "float32",
+    "float16": "float16",
+    "half": "float16",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "fp8_e4m3": "fp8",
+    "fp8_e5m2": "fp8",
+}
 
 
-def describe(args: Any, *, model: str, tp_size: int) -> Layout:
+def describe(args: Any, *, model: str, tp_size: int, model_dtype: str) -> Layout:
     """Return the layout that `args` (SGLang's KVArgs) describes.
+
+    Args:
+        model_dtype: type that the model computes in, which KV of type "auto" has.
 
     Raises UnsupportedEngine for pools that this release cannot carry.
     """
     states = []
+    kv_dtype = str(args.kv_cache_dtype_str)
+    element = _ELEMENTS.get(model_dtype if kv_dtype == "auto" else kv_dtype, "")
     layer_ids = list(getattr(args, "state_layer_ids", None) or [])
     for i, (kind, lengths) in enumerate(zip(args.state_types, args.state_item_lens, strict=True)):
         name = str(getattr(kind, "value", kind))
         if name not in SUPPORTED_STATES:
             raise UnsupportedEngine(f"state component {name!r}; supported: {', '.join(SUPPORTED_STATES)}")
         ids = tuple(int(v) for v in layer_ids[i]) if i < len(layer_ids) and layer_ids[i] else ()
-        states.append(Component(name, tuple(int(v) for v in lengths), ids))
+        # a window is KV; the linear state mixes types, which KVArgs does not tell
+        lengths = tuple(int(v) for v in lengths)
+        states.append(Component(name, lengths, ids, element if name == "swa" else ""))
     kv_ids = tuple(int(v) for v in (getattr(args, "kv_layer_ids", None) or ()))
     layout = Layout(
         engine=f"sglang {engine_version()}",
         model=model,
         page_size=int(args.page_size),
-        kv_dtype=str(args.kv_cache_dtype_str),
+        kv_dtype=kv_dtype,
         tp_size=tp_size,
         components=(
-            Component("kv", tuple(int(v) for v in args.kv_item_lens), kv_ids),
+            Component("kv", tuple(int(v) for v in args.kv_item_lens), kv_ids, element),
             *states,
             Component("aux", tuple(int(v) for v in args.aux_item_lens)),
         ),

@@ -22,7 +22,7 @@ TINY = "tiny:"
 TINY_FAMILIES = ("dense", "gdn", "gdn-moe", "swa")
 
 #: Keys of `transfer` that are passed on to every worker as they are.
-OPTIONS = ("frame_bytes", "connections", "layerwise")
+OPTIONS = ("frame_bytes", "connections", "layerwise", "compression")
 #: What `transfer.tls: auto` is.
 AUTO = "auto"
 
@@ -119,8 +119,8 @@ class Transfer(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     Attributes:
         backend: prfaas, or mooncake_tcp: SGLang's stock TCP backend, for comparison.
-        frame_bytes, connections, layerwise: passed on to every worker (prfaas_sglang/config.py has the
-            defaults); prfaas only.
+        frame_bytes, connections, layerwise, compression: passed on to every worker
+            (prfaas_sglang/config.py has the defaults); prfaas only.
         tls: encrypts KV between the workers and has both sides show certificates; prfaas only. auto makes
             an authority and certificates for every start, in the run directory.
         insecure: true sends KV over plain TCP.
@@ -130,6 +130,7 @@ class Transfer(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     frame_bytes: int | None = None
     connections: int | None = None
     layerwise: bool | None = None
+    compression: Literal["none", "lossless", "fp8"] | None = None
     tls: TransferTls | Literal["auto"] | None = None
     insecure: bool = False
 

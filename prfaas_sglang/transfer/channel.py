@@ -16,6 +16,7 @@ from typing import Protocol
 
 from cache_service.core.errors import PrfaasError, RemoteProtocolError
 from prfaas_sglang.core.framing import (
+    RAW,
     FrameType,
     Header,
     decode_reason,
@@ -45,6 +46,7 @@ class Identity:
         rank: attention tensor-parallel rank.
         layout: pools' layout.
         peer_sites: sites whose workers are talked to, empty for any.
+        codecs: codecs of DATA frames that are sent and accepted.
     """
 
     role: str
@@ -53,11 +55,15 @@ class Identity:
     rank: int
     layout: Layout
     peer_sites: tuple[str, ...] = ()
+    codecs: frozenset[int] = frozenset({RAW})
 
     def hello(self, bundle: str = "", index: int = 0) -> bytes:
         """Return this side's HELLO payload."""
         layout = to_json(self.layout)
-        return encode_hello(Hello(self.role, self.site, self.worker, self.rank, layout, bundle, index))
+        codecs = tuple(sorted(self.codecs))
+        return encode_hello(
+            Hello(self.role, self.site, self.worker, self.rank, layout, bundle, index, codecs)
+        )
 
 
 class LayoutMismatch(RemoteProtocolError):

@@ -9,15 +9,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from prfaas_sglang.core.framing import FrameType, Missing, encode_total
+from prfaas_sglang.core.framing import Data, FrameType, Missing, encode_data, encode_total
 from prfaas_sglang.core.outbox import due_s
 from prfaas_sglang.core.session import ExportSession, Part, ranges_of
 from prfaas_sglang.transfer.bundle import Bundle
 from prfaas_sglang.transfer.channel import Channel
+from prfaas_sglang.transfer.compressor import Compressor
 from prfaas_sglang.transfer.staging import Extent
-from prfaas_sglang.transfer.telemetry import TransferRecord
+from prfaas_sglang.transfer.telemetry import LinkSample, TransferRecord
+from prfaas_sglang.transfer.wire import Wire
 
 #: How long the engine waits for staging when it replaces pages of which layers went ahead.
 COPY_TIMEOUT_S = 5.0
@@ -146,6 +148,14 @@ class Export:
         late = now_s - (self.prefill_end_s or now_s) > hold_s
         return f"no decode worker asked for it in {hold_s:.0f} s" if late else ""
 
+    def put(self, wire: Wire, compressor: Compressor, data: Data, views: list[memoryview]) -> None:
+        """Send one frame whose rows are `views`, coded as the compressor says; on a writer thread."""
+        data, parts = compressor.encode(data, views)
+        with self.lock:  # before it is sent: DONE may be here before `send` returns
+            self.sent_bytes += sum(len(view) for view in views)
+            self.wire_bytes += sum(len(part) for part in parts)
+        wire.send(FrameType.DATA, self.transfer, [encode_data(data), *parts])
+
     # --- with `lock` held ---
 
     def finished_copying(self) -> None:
@@ -203,6 +213,12 @@ class Export:
         return max(0.0, self.first_sent_s - max(self.granted_s, self.offered_s))
 
 
+def with_load(sample: LinkSample, exports: Sequence[Export]) -> LinkSample:
+    """Return the sample with what is under way on its link."""
+    pending = sum(e.session.total_bytes - e.sent_bytes for e in exports)
+    return replace(sample, open_transfers=len(exports), pending_bytes=max(0, pending))
+
+
 @dataclass(slots=True)
 class DecodePeer:
     """A decode worker's bundle and its connections."""
@@ -210,6 +226,7 @@ class DecodePeer:
     bundle: Bundle
     site: str
     worker: str
+    compressor: Compressor
     channels: list[Channel] = field(default_factory=list)
     transfers: dict[int, Export] = field(default_factory=dict)
     lost: bool = False

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 
 from cache_service.core.errors import (
     LocalProtocolError,
@@ -24,6 +24,7 @@ from cache_service.core.errors import (
     TransferError,
 )
 from prfaas_sglang.core.framing import (
+    RAW,
     FrameType,
     Grant,
     Header,
@@ -33,7 +34,6 @@ from prfaas_sglang.core.framing import (
     decode_resume,
     decode_room,
     decode_total,
-    encode_data,
     encode_reason,
 )
 from prfaas_sglang.core.layout import Hello
@@ -41,7 +41,8 @@ from prfaas_sglang.core.plan import DEFAULT_FRAME_BYTES, Piece
 from prfaas_sglang.core.session import ExportSession
 from prfaas_sglang.transfer.bundle import Bundle
 from prfaas_sglang.transfer.channel import Channel, Identity
-from prfaas_sglang.transfer.export import DecodePeer, Export
+from prfaas_sglang.transfer.compressor import Compressor
+from prfaas_sglang.transfer.export import DecodePeer, Export, with_load
 from prfaas_sglang.transfer.listener import Listener
 from prfaas_sglang.transfer.memory import PoolMemory
 from prfaas_sglang.transfer.store import Store
@@ -266,24 +267,17 @@ class Exporter:
             if export.first_sent_s is None:
                 export.first_sent_s = time.monotonic()
             if piece.staged is not None:
-                self._send_views(export, wire, piece, [self._store.view(piece)])
+                export.put(wire, peer.compressor, piece.data, [self._store.view(piece)])
                 return
             data = piece.data
             with self._memory.reading(piece.mark, data.component, data.tensor, piece.rows) as views:
-                self._send_views(export, wire, piece, views)
+                export.put(wire, peer.compressor, piece.data, views)
 
-    def _send_views(self, export: Export, wire: Wire, piece: Piece, views: list[memoryview]) -> None:
-        raw = sum(len(view) for view in views)
-        with export.lock:  # before it is sent: DONE may be here before `send` returns
-            export.sent_bytes += raw
-            export.wire_bytes += raw
-        wire.send(FrameType.DATA, export.transfer, [encode_data(piece.data), *views])
-
-    def _with_load(self, peer: DecodePeer, sample: LinkSample) -> LinkSample:
+    def _sampled(self, peer: DecodePeer, hello: Hello, sample: LinkSample) -> None:
+        peer.compressor.sampled(sample.goodput_bytes_per_s, len(peer.channels))
         with self._lock:
             exports = list(peer.transfers.values())
-        pending = sum(e.session.total_bytes - e.sent_bytes for e in exports)
-        return replace(sample, open_transfers=len(exports), pending_bytes=max(0, pending))
+        self._telemetry.sampled(hello.site, hello.bundle, with_load(sample, exports))
 
     # --- reader threads ---
 
@@ -478,16 +472,15 @@ class Exporter:
                     raise RemoteProtocolError("hello.bundle: is in use", reason="bundle")
                 if len(self._peers) >= MAX_PEERS:
                     raise ConnectionLost(f"{MAX_PEERS} decode workers are connected")
-                peer = DecodePeer(Bundle(), hello.site, hello.worker)
+                codecs = self._identity.codecs & {RAW, *hello.codecs}
+                observe = partial(self._telemetry.encoded, hello.site)
+                compressor = Compressor(self._identity.layout, codecs, observe)
+                peer = DecodePeer(Bundle(), hello.site, hello.worker, compressor)
                 owner = peer
                 peer.bundle.on_piece(
                     lambda wire, transfer, piece: self._send_piece(owner, wire, transfer, piece)
                 )
-                peer.bundle.on_sample(
-                    lambda sample: self._telemetry.sampled(
-                        hello.site, hello.bundle, self._with_load(owner, sample)
-                    )
-                )
+                peer.bundle.on_sample(lambda sample: self._sampled(owner, hello, sample))
                 self._peers[hello.bundle] = peer
             elif peer is None or peer.lost or (peer.site, peer.worker) != (hello.site, hello.worker):
                 raise RemoteProtocolError("hello.bundle: is not known", reason="bundle")

@@ -22,6 +22,7 @@ from cache_service.core.errors import IntegrityError, PrfaasError, RemoteProtoco
 from prfaas_sglang.core.framing import (
     DATA_BYTES,
     MAX_MISSING,
+    RAW,
     Data,
     FrameType,
     Grant,
@@ -39,8 +40,9 @@ from prfaas_sglang.core.layout import Hello
 from prfaas_sglang.core.session import ImportSession
 from prfaas_sglang.transfer.bundle import Bundle
 from prfaas_sglang.transfer.channel import Channel, Identity, dial_hello
+from prfaas_sglang.transfer.codec import decode
 from prfaas_sglang.transfer.imports import Address, Import, Peer
-from prfaas_sglang.transfer.memory import Landing, PoolMemory
+from prfaas_sglang.transfer.memory import Landing, PoolMemory, scatter
 from prfaas_sglang.transfer.telemetry import Telemetry, TransferRecord
 from prfaas_sglang.transfer.tls import Tls
 from prfaas_sglang.transfer.wire import ConnectionLost, Wire, tune
@@ -127,7 +129,8 @@ class Importer:
             prefix_tokens: tokens of the prompt that are held already.
         """
         grant = Grant(room, len(pages), prefix_tokens, tuple(len(s) for s in states))
-        session = ImportSession(self._identity.layout, pages, states, aux_row)
+        codecs = self._identity.codecs
+        session = ImportSession(self._identity.layout, pages, states, aux_row, codecs)
         item = Import(room, next(self._numbers), session, grant, time.monotonic())
         with self._lock:
             peer = self._peer(address)
@@ -316,6 +319,17 @@ class Importer:
         data = decode_data(head)
         with item.lock:
             rows = item.session.place(data, left)
+        if data.codec != RAW:
+            payload = wire.read_exact(left)
+            if xxhash.xxh3_64_intdigest(head + payload) != header.checksum:
+                self._corrupt(peer, item, data)
+                return
+            begin_s = time.perf_counter()
+            content = decode(self._identity.layout, data, payload)
+            self._telemetry.decoded(channel.peer.site, data.codec, time.perf_counter() - begin_s)
+            if self._land(item, self._memory.landing(data.component, data.tensor, rows), data, content):
+                self._landed(peer, item)
+            return
         landing = self._memory.landing(data.component, data.tensor, rows)
         if not self._fill(wire, item, list(landing.views), left):
             landing.drop()
@@ -328,15 +342,23 @@ class Importer:
             self._corrupt(peer, item, data)
             return
         if self._land(item, landing, data):
-            peer.resume_until_s, peer.breaks = None, 0
-            self._finish_if_complete(peer, item)
+            self._landed(peer, item)
 
-    def _land(self, item: Import, landing: Landing, data: Data) -> bool:
-        """Give the rows their verified bytes; False when the transfer died meanwhile (nothing is written)."""
+    def _landed(self, peer: Peer, item: Import) -> None:
+        peer.resume_until_s, peer.breaks = None, 0
+        self._finish_if_complete(peer, item)
+
+    def _land(self, item: Import, landing: Landing, data: Data, content: memoryview | None = None) -> bool:
+        """Give the rows their verified bytes; False when the transfer died meanwhile (nothing is written).
+
+        `content` has the bytes when they were not received into the landing's own memory.
+        """
         with item.written() as alive:
             if not alive:
                 landing.drop()
                 return False
+            if content is not None:
+                scatter(content, landing.views)
             landing.land()
             with item.lock:
                 first = item.session.received_bytes == 0

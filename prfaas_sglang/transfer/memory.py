@@ -44,6 +44,13 @@ class Landing(Protocol):
         """Give the place back without it."""
 
 
+def scatter(content: memoryview, views: Sequence[memoryview]) -> None:
+    """Copy `content` into views of the same length in all, in order; other threads run meanwhile."""
+    for view in views:
+        np.copyto(np.frombuffer(view, np.uint8), np.frombuffer(content[: len(view)], np.uint8))
+        content = content[len(view) :]
+
+
 class PoolMemory(Protocol):
     """A worker's pools, as rows. Thread-safe. Raises LocalProtocolError for a row outside a pool."""
 

@@ -20,6 +20,8 @@ from urllib.parse import parse_qs, urlsplit
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from prfaas_sglang.core.compression import CODEC_NAMES
+
 logger = logging.getLogger(__name__)
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -163,6 +165,19 @@ class Telemetry:
             links,
             registry=self.registry,
         )
+        by_codec = (*links, "codec")
+        self._raw = Counter(
+            "prfaas_transfer_raw_bytes_total", "Row bytes sent.", by_codec, registry=self.registry
+        )
+        self._wire = Counter(
+            "prfaas_transfer_wire_bytes_total", "The same, as coded.", by_codec, registry=self.registry
+        )
+        self._codec_s = Counter(
+            "prfaas_codec_seconds_total",
+            "Time in the codec, all threads.",
+            (*by_codec, "operation"),
+            registry=self.registry,
+        )
         self._resumed = Counter(
             "prfaas_transfer_resumed_total",
             "Transfers that went on over a new connection after theirs had broken.",
@@ -249,6 +264,17 @@ class Telemetry:
             self._latest[key] = record
             while len(self._latest) > KEEP:
                 self._latest.popitem(last=False)
+
+    def encoded(self, dst_site: str, codec: int, raw_bytes: int, wire_bytes: int, seconds: float) -> None:
+        """Count a frame that is about to be sent."""
+        labels = self._site, dst_site, CODEC_NAMES[codec]
+        self._raw.labels(*labels).inc(raw_bytes)
+        self._wire.labels(*labels).inc(wire_bytes)
+        self._codec_s.labels(*labels, "encode").inc(seconds)
+
+    def decoded(self, src_site: str, codec: int, seconds: float) -> None:
+        """Count a frame that was decoded."""
+        self._codec_s.labels(src_site, self._site, CODEC_NAMES[codec], "decode").inc(seconds)
 
     def connected(self, change: int) -> None:
         """Count an opened (+1) or ended (-1) connection."""

@@ -78,10 +78,12 @@ def abort(server: Server, rid: str) -> None:
 def pair(serve: Serve, model: Path, family: str, **flags: Any) -> Iterator[Pair]:
     """Start both servers; `flags` are for decode, but `chunk` for both.
 
-    `staging_bytes` and `layerwise` go into prefill's configuration, `fault` names one of layer_faults.
+    `staging_bytes` and `layerwise` go into prefill's configuration, `compression` into both sides';
+    `fault` names one of layer_faults.
     """
     bootstrap_port, telemetry_port = free_port(), free_port()
     config = {"worker_id": "a-p", "site": "A", "listen_host": "127.0.0.1", "insecure": True}
+    config |= {key: flags.pop(key) for key in ("compression",) if key in flags}
     sending = {key: flags.pop(key) for key in ("staging_bytes", "layerwise") if key in flags}
     shared: dict[str, Any] = {
         "disaggregation_transfer_backend": "prfaas",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 
+from prfaas_sglang.core.compression import CODECS, Mode
 from prfaas_sglang.core.layout import Component, Layout
 from prfaas_sglang.transfer.channel import Identity
 from prfaas_sglang.transfer.exporter import PARK_S, Exporter
@@ -82,7 +83,10 @@ class Pair:
     def __init__(
         self,
         *,
+        prefill_layout: Layout = LAYOUT,
         decode_layout: Layout = LAYOUT,
+        prefill_mode: Mode = Mode.NONE,
+        decode_mode: Mode = Mode.NONE,
         prefill_tls: Tls | None = None,
         decode_tls: Tls | None = None,
         staging_bytes: int = 0,
@@ -95,7 +99,7 @@ class Pair:
     ) -> None:
         self.prefill, self.decode = Side(1), Side(2)
         self.exporter = Exporter(
-            Identity("prefill", "A", "a-0", 0, LAYOUT, prefill_peers),
+            Identity("prefill", "A", "a-0", 0, prefill_layout, prefill_peers, CODECS[prefill_mode]),
             self.prefill.memory,
             self.prefill.telemetry,
             on_grant=lambda room, grant: self.prefill.hear(room, "grant"),
@@ -108,7 +112,7 @@ class Pair:
             tls=prefill_tls,
         )
         self.importer = Importer(
-            Identity("decode", decode_site, "b-0", 0, decode_layout, decode_peers),
+            Identity("decode", decode_site, "b-0", 0, decode_layout, decode_peers, CODECS[decode_mode]),
             self.decode.memory,
             self.decode.telemetry,
             on_progress=lambda room: self.decode.hear(room, "progress"),
