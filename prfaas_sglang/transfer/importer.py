@@ -57,7 +57,6 @@ RESUME_S = 20.0
 REDIAL_S = 0.5
 #: Rooms given up before the connection was there.
 MAX_CANCELLED = 1024
-_SCRATCH_BYTES = 256 << 10
 
 
 class Importer:
@@ -129,8 +128,8 @@ class Importer:
             prefix_tokens: tokens of the prompt that are held already.
         """
         grant = Grant(room, len(pages), prefix_tokens, tuple(len(s) for s in states))
-        codecs = self._identity.codecs
-        session = ImportSession(self._identity.layout, pages, states, aux_row, codecs)
+        us = self._identity
+        session = ImportSession(us.layout, pages, states, aux_row, us.codecs)
         item = Import(room, next(self._numbers), session, grant, time.monotonic())
         with self._lock:
             peer = self._peer(address)
@@ -314,7 +313,7 @@ class Importer:
         head = wire.read_exact(DATA_BYTES)
         left = header.length - DATA_BYTES
         if item is None:
-            self._discard(wire, left)  # aborted by us while this was on its way
+            wire.discard(left)  # aborted by us while this was on its way
             return
         data = decode_data(head)
         with item.lock:
@@ -382,15 +381,9 @@ class Importer:
             if left:
                 wire.wait_readable(left)
         if left:
-            self._discard(wire, left)
+            wire.discard(left)
             return False
         return True
-
-    @staticmethod
-    def _discard(wire: Wire, left: int) -> None:
-        scratch = memoryview(bytearray(min(left, _SCRATCH_BYTES)))
-        while left:
-            left -= wire.read_some([scratch[: min(left, len(scratch))]])
 
     def _corrupt(self, peer: Peer, item: Import, data: Data) -> None:
         error = IntegrityError(f"checksum mismatch in component {data.component} tensor {data.tensor}")

@@ -31,6 +31,7 @@ from prfaas_sglang.transfer.tls import PlainStream, TlsStream, check_site, shutd
 #: A peer that takes or gives no byte for this long in the middle of a frame is gone.
 IO_TIMEOUT_S = 20.0
 _IOV_MAX = 1024
+_SCRATCH_BYTES = 256 << 10
 #: Unsent bytes that the kernel may hold per connection: what an urgent frame waits behind.
 UNSENT_BYTES = 128 << 10
 #: A reader that waits for more than this is woken when this much is there.
@@ -200,6 +201,12 @@ class Wire:
         if count == 0:
             raise ConnectionLost("the peer closed the connection")
         return count
+
+    def discard(self, length: int) -> None:
+        """Read `length` bytes and throw them away."""
+        scratch = memoryview(bytearray(min(length, _SCRATCH_BYTES)))
+        while length:
+            length -= self.read_some([scratch[: min(length, len(scratch))]])
 
     def check_site(self, site: str) -> None:
         """Raise TlsRefused when the peer's certificate is not for `site` (a plain connection has none)."""

@@ -192,7 +192,9 @@ def test_a_hello_carries_codecs_and_an_older_one_none() -> None:
 
 def layout(element: str, row_bytes: int = 4096) -> Layout:
     """Return a layout of KV and metadata."""
-    return Layout("e", "m", 64, "auto", 1, (Component("kv", (row_bytes,), element=element), Component("aux", (8,))))
+    return Layout(
+        "e", "m", 64, "auto", 1, (Component("kv", (row_bytes,), element=element), Component("aux", (8,)))
+    )
 
 
 def test_elements_are_checked_and_compared() -> None:
