@@ -171,7 +171,8 @@ class CudaLane(TensorLane):
 
     def queue(self, work: Callable[[], None]) -> None:
         """Queue on the stream."""
-        with _device_errors(), torch.cuda.stream(self._stream):
+        # pools may be made in inference mode, where SGLang runs, and can be written in it only
+        with _device_errors(), torch.inference_mode(), torch.cuda.stream(self._stream):
             work()
 
     def event(self) -> CudaEvent:

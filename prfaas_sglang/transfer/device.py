@@ -292,9 +292,7 @@ class DeviceMemory:
         self._ring.give_after(batch.slot, lane.event())
 
 
-def _fetch_runs(
-    lane: Lane, pool: Pool, index: Rows, found: list[tuple[int, int]], out: memoryview
-) -> None:
+def _fetch_runs(lane: Lane, pool: Pool, index: Rows, found: list[tuple[int, int]], out: memoryview) -> None:
     for a, b in found:
         first = int(index[a])
         lane.fetch(pool, first, first + b - a, out[a * pool.row_bytes : b * pool.row_bytes])
