@@ -31,7 +31,7 @@ from cache_service.core.errors import ConfigError, LocalProtocolError, PrfaasErr
 from prfaas_sglang import config
 from prfaas_sglang.core.compression import CODECS, Mode
 from prfaas_sglang.core.framing import Grant
-from prfaas_sglang.engine import layerwise, pools
+from prfaas_sglang.engine import cuda, layerwise, pools
 from prfaas_sglang.engine.hooks import announce_prompts
 from prfaas_sglang.transfer import telemetry
 from prfaas_sglang.transfer.channel import Identity
@@ -59,7 +59,7 @@ class PrfaasManager(CommonKVManager):
             tp_size=self.attn_tp_size,
             model_dtype=str(ModelConfig.from_server_args(server_args).dtype).removeprefix("torch."),
         )
-        memory = pools.row_memory(args, layout)
+        self.memory = memory = pools.pool_memory(args, layout, device=str(server_args.device))
         tls = None
         if worker.tls is not None:
             tls = Tls(TlsFiles(worker.tls.ca, worker.tls.cert, worker.tls.key))
@@ -232,14 +232,16 @@ class PrfaasSender(_Failures, CommonKVSender):
         pages = np.asarray(kv_indices).reshape(-1).tolist()
         _, _, last, _ = self._prepare_send_indices(kv_indices, state_indices)
         self._record_transfer_indices(kv_indices, state_indices)
+        early = self.__dict__.pop("_early_send_wait_event", None)  # a cached prefix may still be written
         try:
-            self.kv_mgr.exporter.send(
-                self.bootstrap_room,
-                pages,
-                states=_rows(state_indices) if last else None,
-                aux_row=self.aux_index if last else None,
-                last=last,
-            )
+            with cuda.waiting_for(early):
+                self.kv_mgr.exporter.send(
+                    self.bootstrap_room,
+                    pages,
+                    states=_rows(state_indices) if last else None,
+                    aux_row=self.aux_index if last else None,
+                    last=last,
+                )
         except PrfaasError as error:
             self._fail(error)
 
@@ -349,6 +351,11 @@ class PrfaasReceiver(_Failures, CommonKVReceiver):
         elif getattr(self, "bootstrap_infos", None):
             self._granted = True  # once is enough
             self.kv_mgr.importer.cancel(self.bootstrap_room, self._address())
+        if self.kv_mgr.status(self.bootstrap_room) != KVPoll.Success:
+            try:
+                self.kv_mgr.memory.settle()  # what landed before may still be on its way into our rows
+            except TransferError as error:
+                logger.error("kv_settle_failed room=%d reason=%s", self.bootstrap_room, error)
 
 
 class PrfaasBootstrapServer(BaseKVBootstrapServer):

@@ -83,3 +83,7 @@ def refuse_environment() -> None:
         raise UnsupportedEngine("SGLANG_RUST_SERVER builds its own bootstrap registry; unset it")
     if os.environ.get("SGLANG_DISAGG_STAGING_BUFFER", "0").lower() in ("1", "true", "yes"):
         raise UnsupportedEngine("SGLANG_DISAGG_STAGING_BUFFER is not supported with prfaas; unset it")
+    if os.environ.get("SGLANG_MOONCAKE_CUSTOM_MEM_POOL", "").upper() == "INTRA_NODE_NVLINK":
+        raise UnsupportedEngine(
+            "SGLANG_MOONCAKE_CUSTOM_MEM_POOL=INTRA_NODE_NVLINK puts metadata into device memory; unset it"
+        )

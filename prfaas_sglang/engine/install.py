@@ -28,7 +28,7 @@ _REQUIRED: dict[str, tuple[tuple[object, ...], str]] = {
     "disaggregation_decode_host_receive_threshold": ((0, 0.0, None), "host receive is not supported"),
     "optimistic_prefill_attempts": ((0, None), "optimistic prefill is not supported"),
     "tokenizer_worker_num": ((1, None), "plugins do not load in extra tokenizer workers"),
-    "device": (("cpu",), "this release moves KV between CPU pools only"),
+    "device": (("cpu", "cuda"), "KV pools are moved from and to cpu and cuda only"),
 }
 
 

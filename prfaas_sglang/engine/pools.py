@@ -1,4 +1,4 @@
-"""From SGLang's KVArgs to our layout and row memory (CPU pools: raw pointers become buffers)."""
+"""From SGLang's KVArgs to our layout and pool memory: raw pointers become buffers, or tensors on CUDA."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 from cache_service.core.errors import UnsupportedEngine
 from prfaas_sglang.core.layout import Component, Layout, check_layout
+from prfaas_sglang.engine import cuda
 from prfaas_sglang.engine.compat import engine_version
-from prfaas_sglang.transfer.memory import RowMemory
+from prfaas_sglang.transfer.device import DeviceMemory, Pool
+from prfaas_sglang.transfer.memory import PoolMemory, RowMemory
 
 #: State components whose rows mean the same on both sides and that were tested.
 SUPPORTED_STATES = ("mamba", "swa")
@@ -64,17 +66,37 @@ def describe(args: Any, *, model: str, tp_size: int, model_dtype: str) -> Layout
     return layout
 
 
-def row_memory(args: Any, layout: Layout) -> RowMemory:
-    """Return the pools behind `args` as rows. The engine keeps the memory alive for the process's life."""
+def pool_memory(args: Any, layout: Layout, *, device: str) -> PoolMemory:
+    """Return the pools behind `args` as rows. The engine keeps the memory alive for the process's life.
+
+    Args:
+        args: SGLang's KVArgs.
+        layout: what `describe` returned for it.
+        device: SGLang's --device: where KV and states are. The metadata (aux) is in host memory always.
+
+    Raises UnsupportedEngine for another device and for a pool that is not there, ConfigError when there is
+    too little memory to pin.
+    """
     pointers = [args.kv_data_ptrs, *args.state_data_ptrs, args.aux_data_ptrs]
     lengths = [args.kv_data_lens, *args.state_data_lens, args.aux_data_lens]
-    return RowMemory(
-        layout,
+    spans = [
+        [(int(pointer), int(length)) for pointer, length in zip(p, n, strict=True)]
+        for p, n in zip(pointers, lengths, strict=True)
+    ]
+    if device == "cpu":
+        return RowMemory(layout, [[_buffer(*span) for span in tensors] for tensors in spans])
+    if device != "cuda":
+        raise UnsupportedEngine(f"--device {device}: KV pools are moved from and to cpu and cuda")
+    index = int(args.gpu_id)
+    rows = [component.row_bytes for component in layout.components]
+    on_device: list[list[Pool | memoryview]] = [
         [
-            [_buffer(int(pointer), int(length)) for pointer, length in zip(p, n, strict=True)]
-            for p, n in zip(pointers, lengths, strict=True)
-        ],
-    )
+            cuda.pool_of(cuda.cuda_span(*span, index), row_bytes)
+            for span, row_bytes in zip(tensors, sizes, strict=True)
+        ]
+        for tensors, sizes in zip(spans[:-1], rows[:-1], strict=True)
+    ]
+    return DeviceMemory(layout, [*on_device, [_buffer(*span) for span in spans[-1]]], cuda.CudaDevice(index))
 
 
 def _buffer(pointer: int, length: int) -> memoryview:

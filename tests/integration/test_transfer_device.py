@@ -1,0 +1,94 @@
+"""Device pools over real sockets: from SGLang's pointers through a ring and TCP into other pools.
+
+Streams are threads here (tests/thread_device.py); tests/gpu has the same with a CUDA device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import closing
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cache_service.core.errors import UnsupportedEngine
+from prfaas_sglang.core.layout import Layout
+from prfaas_sglang.engine import pools
+from prfaas_sglang.engine.cuda import pool_of
+from prfaas_sglang.transfer.device import DeviceMemory, Pool
+from prfaas_sglang.transfer.memory import RowMemory
+from tests.device_pair import DevicePair, DeviceSide
+from tests.thread_device import ThreadDevice
+
+STAGING = 32 << 20
+
+
+def buffer(pointer: int, length: int) -> memoryview:
+    return memoryview((ctypes.c_char * length).from_address(pointer)).cast("B")
+
+
+def on_threads(device: ThreadDevice, args: SimpleNamespace, layout: Layout) -> DeviceMemory:
+    """Return the pools behind `args` as a device's, metadata as the host's."""
+    pointers, lengths = [args.kv_data_ptrs, *args.state_data_ptrs], [args.kv_data_lens, *args.state_data_lens]
+    found: list[list[Pool | memoryview]] = [
+        [
+            pool_of(torch.frombuffer(buffer(*span), dtype=torch.uint8), size)
+            for *span, size in zip(p, n, component.row_bytes, strict=True)
+        ]
+        for p, n, component in zip(pointers, lengths, layout.components[:-1], strict=True)
+    ]
+    aux = [buffer(*span) for span in zip(args.aux_data_ptrs, args.aux_data_lens, strict=True)]
+    return DeviceMemory(layout, [*found, aux], device, ring_bytes=1)
+
+
+@pytest.fixture
+def devices() -> Iterator[list[ThreadDevice]]:
+    found = [ThreadDevice(), ThreadDevice()]
+    yield found
+    for device in found:
+        device.close()
+
+
+@pytest.mark.parametrize("staging_bytes", [0, STAGING], ids=["from the pool", "staged"])
+def test_pools_of_sglangs_shapes_move_bit_by_bit(devices: list[ThreadDevice], staging_bytes: int) -> None:
+    """Several requests, scattered and in runs: every byte of the decode pools is as it must be."""
+    sides = [
+        DeviceSide(i, "cpu", lambda args, layout, device=device: on_threads(device, args, layout))
+        for i, device in enumerate(devices)
+    ]
+    with closing(DevicePair(*sides, staging_bytes=staging_bytes)) as pair:
+        for room in range(1, 7):
+            pair.move(room, seed=room)
+        for side in sides:
+            side.memory.settle()
+            assert side.memory.ring.used_bytes == 0
+
+
+def test_nothing_is_done_before_it_is_in_the_pool(devices: list[ThreadDevice]) -> None:
+    """While decode's device has not written the rows, neither side hears that it is done."""
+    sides = [
+        DeviceSide(i, "cpu", lambda args, layout, device=device: on_threads(device, args, layout))
+        for i, device in enumerate(devices)
+    ]
+    with closing(DevicePair(*sides)) as pair:
+        with devices[1].pause():
+            pair.begin(1, [1, 9, 5], state=0, aux=0)
+            pair.prefill.wait(1, "grant")
+            assert pair.exporter.open(1, 3)
+            pair.exporter.send(1, [4, 5, 6], states=[[1]], aux_row=1, last=True)
+            pair.decode.wait(1, "progress")
+            assert not torch.equal(pair.decode.pages(0, [1, 9, 5]), pair.prefill.pages(0, [4, 5, 6]))
+            with pytest.raises(AssertionError):
+                pair.decode.wait(1, "done", timeout_s=0.3)
+        pair.decode.wait(1, "done")
+        assert torch.equal(pair.decode.pages(0, [1, 9, 5]), pair.prefill.pages(0, [4, 5, 6]))
+
+
+def test_the_device_chooses_the_memory() -> None:
+    """Host pools stay as they were; a device that is neither is refused with what is accepted."""
+    side = DeviceSide(0, "cpu", lambda args, layout: on_threads(ThreadDevice(), args, layout))
+    assert isinstance(pools.pool_memory(side.args, side.layout, device="cpu"), RowMemory)
+    with pytest.raises(UnsupportedEngine, match="--device xpu: .* cpu and cuda"):
+        pools.pool_memory(side.args, side.layout, device="xpu")
