@@ -60,7 +60,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     frame_bytes: int = 256 << 10
     staging_bytes: int = 1 << 30
     layerwise: bool = False
-    connections: int = 4
+    connections: int = 2
     tls: TlsConfig | None = None
     insecure: bool = False
     peer_sites: tuple[str, ...] = ()

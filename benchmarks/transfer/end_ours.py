@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.transfer.ours import Decode, Prefill, tls_of
 from benchmarks.transfer.workload import Workload, arrived_rows, new_pool
 from prfaas_sglang.core import outbox
+from prfaas_sglang.transfer.importer import DEFAULT_CONNECTIONS
 
 
 class End:
@@ -31,7 +32,7 @@ class End:
         tls: list[str] | None = None,
         fifo: bool = False,
         bbr: bool = True,
-        connections: int = 4,
+        connections: int = DEFAULT_CONNECTIONS,
         staging: int = 0,
         fd: int = -1,
     ) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from benchmarks.transfer.workload import Workload, new_pool
+from prfaas_sglang.transfer.importer import DEFAULT_CONNECTIONS
 
 BLOCK = 1 << 20
 
@@ -21,7 +22,7 @@ class End:
         host: str,
         workload: dict[str, Any],
         peer: dict[str, Any] | None = None,
-        connections: int = 4,
+        connections: int = DEFAULT_CONNECTIONS,
     ) -> dict[str, Any]:
         """Connect, as many times as our own ends do; the sender listens, as ours does."""
         self.workload = Workload(**workload)

@@ -22,7 +22,7 @@ TINY = "tiny:"
 TINY_FAMILIES = ("dense", "gdn", "gdn-moe", "swa")
 
 #: Keys of `transfer` that are passed on to every worker as they are.
-OPTIONS = ("frame_bytes", "connections", "layerwise", "compression")
+OPTIONS = ("frame_bytes", "staging_bytes", "connections", "layerwise", "compression")
 #: What `transfer.tls: auto` is.
 AUTO = "auto"
 
@@ -119,7 +119,7 @@ class Transfer(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     Attributes:
         backend: prfaas, or mooncake_tcp: SGLang's stock TCP backend, for comparison.
-        frame_bytes, connections, layerwise, compression: passed on to every worker
+        frame_bytes, staging_bytes, connections, layerwise, compression: passed on to every worker
             (prfaas_sglang/config.py has the defaults); prfaas only.
         tls: encrypts KV between the workers and has both sides show certificates; prfaas only. auto makes
             an authority and certificates for every start, in the run directory.
@@ -128,6 +128,7 @@ class Transfer(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     backend: Literal["prfaas", "mooncake_tcp"] = "prfaas"
     frame_bytes: int | None = None
+    staging_bytes: int | None = None
     connections: int | None = None
     layerwise: bool | None = None
     compression: Literal["none", "lossless", "fp8"] | None = None
@@ -158,10 +159,15 @@ class Transfer(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Routing(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Prompts whose uncached part is longer than `threshold_tokens` are prefilled in another site."""
+    """Prompts whose uncached part is longer than `threshold_tokens` are prefilled in another site.
+
+    Attributes:
+        early_first_token: see router/config.py.
+    """
 
     policy: Literal["prfaas", "local", "remote"] = "prfaas"
     threshold_tokens: int = 512
+    early_first_token: bool = True
 
 
 class Worker(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -302,6 +302,7 @@ def _router(
         },
         "index": f"{fleet.cache_service.host}:{ports.cache}",
         "policy": {"name": fleet.routing.policy, "threshold_tokens": fleet.routing.threshold_tokens},
+        "early_first_token": fleet.routing.early_first_token,
         "workers": workers,
         "links": [{"src": link.src, "dst": link.dst, "gbps": link.gbps} for link in fleet.links],
     }

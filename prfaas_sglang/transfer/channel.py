@@ -169,7 +169,6 @@ class Channel:
 
     def start(self) -> None:
         """Start both threads."""
-        self.wire.retry_often(self.index)
         self._writer.start()
         self._reader.start()
 

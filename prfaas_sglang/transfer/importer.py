@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
 CONNECT_ATTEMPTS = 3
-DEFAULT_CONNECTIONS = 4
+DEFAULT_CONNECTIONS = 2
 #: How long transfers of a broken connection try to be resumed, and how often.
 RESUME_S = 20.0
 REDIAL_S = 0.5

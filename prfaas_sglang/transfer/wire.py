@@ -57,6 +57,8 @@ def tune(sock: socket.socket) -> None:
     """
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
+    with contextlib.suppress(OSError):  # Linux 6.15: after a partition, try again at least once a second
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS, 1000)
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -213,14 +215,6 @@ class Wire:
         check_site(self._sock, site)
 
     # --- rate ---
-
-    def retry_often(self, index: int) -> None:
-        """Try again at least every second or two after a partition, where the kernel lets us (Linux 6.15).
-
-        Not at the same moments for each connection of a bundle: the first to get through carries the queue.
-        """
-        with contextlib.suppress(OSError):
-            self._sock.setsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS, 1000 + 250 * (index % 4))
 
     def pace(self, bytes_per_s: float | None) -> None:
         """Cap the sending rate of this connection in the kernel; None lifts the cap."""

@@ -23,7 +23,7 @@ LONG, MEDIUM, SHORT = 3000, 600, 150
 NEW_TOKENS = 8
 #: Least distance, in nats, of the two best tokens. Another order of adding moves a logit by some 1e-5.
 MIN_MARGIN = 1e-3
-CONNECTIONS = 4
+CONNECTIONS = 2
 #: What `settled` looks at, and the name.
 PARTS = ("worker", "used", "used_by_transfer")
 #: Seconds in which a failed request must have said so: 15 s of silence find a dead peer, and some grace.
