@@ -29,7 +29,7 @@ Make = Callable[[SimpleNamespace, Layout], DeviceMemory]
 
 
 class DeviceSide:
-    """Pools of one worker: K and V of full layers, conv and SSM states of linear ones, metadata on the CPU."""
+    """Pools of one worker: K and V of full layers, conv and SSM of linear ones, metadata on the CPU."""
 
     def __init__(self, seed: int, device: str, make: Make) -> None:
         generator = torch.Generator(device).manual_seed(seed)

@@ -90,5 +90,5 @@ def test_the_device_chooses_the_memory() -> None:
     """Host pools stay as they were; a device that is neither is refused with what is accepted."""
     side = DeviceSide(0, "cpu", lambda args, layout: on_threads(ThreadDevice(), args, layout))
     assert isinstance(pools.pool_memory(side.args, side.layout, device="cpu"), RowMemory)
-    with pytest.raises(UnsupportedEngine, match="--device xpu: .* cpu and cuda"):
+    with pytest.raises(UnsupportedEngine, match=r"--device xpu: .* cpu and cuda"):
         pools.pool_memory(side.args, side.layout, device="xpu")
