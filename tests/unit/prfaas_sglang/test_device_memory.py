@@ -326,11 +326,16 @@ def test_the_event_of_an_early_send_is_in_the_marks_of_that_send_only() -> None:
     """It is taken from the sender once, and gone from the thread afterwards, an error included."""
     event = object()
     sender = SimpleNamespace(_early_send_wait_event=event)
-    with pytest.raises(TransferError), early_send(sender):
-        assert early_event() is event
-        with ThreadPoolExecutor() as pool:
-            assert pool.submit(early_event).result(WAIT_S) is None
-        raise TransferError("gone")
+
+    def fail() -> None:
+        with early_send(sender):
+            assert early_event() is event
+            with ThreadPoolExecutor() as pool:
+                assert pool.submit(early_event).result(WAIT_S) is None
+            raise TransferError("gone")
+
+    with pytest.raises(TransferError):
+        fail()
     assert early_event() is None
     with early_send(sender):
         assert early_event() is None
