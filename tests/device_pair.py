@@ -29,7 +29,7 @@ Make = Callable[[SimpleNamespace, Layout], DeviceMemory]
 
 
 class DeviceSide:
-    """Pools of one worker: K and V of full layers, conv and SSM states of linear ones, metadata on the host."""
+    """Pools of one worker: K and V of full layers, conv and SSM of linear ones, metadata on the CPU."""
 
     def __init__(self, seed: int, device: str, make: Make) -> None:
         generator = torch.Generator(device).manual_seed(seed)
@@ -60,7 +60,7 @@ class DeviceSide:
             aux_data_lens=[t.nbytes for t in self.aux],
             aux_item_lens=[t[0].nbytes for t in self.aux],
         )
-        self.layout = pools.describe(self.args, model="tiny", tp_size=1)
+        self.layout = pools.describe(self.args, model="tiny", tp_size=1, model_dtype="bfloat16")
         self.memory = make(self.args, self.layout)
         self._lock = threading.Condition()
         self._heard: dict[tuple[int, str], str] = {}

@@ -232,9 +232,8 @@ class PrfaasSender(_Failures, CommonKVSender):
         pages = np.asarray(kv_indices).reshape(-1).tolist()
         _, _, last, _ = self._prepare_send_indices(kv_indices, state_indices)
         self._record_transfer_indices(kv_indices, state_indices)
-        early = self.__dict__.pop("_early_send_wait_event", None)  # a cached prefix may still be written
         try:
-            with cuda.waiting_for(early):
+            with cuda.early_send(self):
                 self.kv_mgr.exporter.send(
                     self.bootstrap_room,
                     pages,

@@ -32,16 +32,22 @@ _early = threading.local()
 
 
 @contextmanager
-def waiting_for(event: Any) -> Iterator[None]:
-    """Make marks of this thread pass only after `event` (a torch.cuda.Event, or None), too.
+def early_send(sender: Any) -> Iterator[None]:
+    """Make this thread's marks pass only after the event that SGLang left at a sender, too, if it did.
 
-    For SGLang's overlap scheduler, which hands KV over that another stream may still be writing.
+    The overlap scheduler sends a cached prefix that the batch before may still be writing on another stream,
+    and leaves that stream's event (a torch.cuda.Event) as an attribute, for the next `send` to take.
     """
-    _early.event = event
+    _early.event = vars(sender).pop("_early_send_wait_event", None)
     try:
         yield
     finally:
         _early.event = None
+
+
+def early_event() -> Any:
+    """Return the event that marks of this thread include now, None for none."""
+    return getattr(_early, "event", None)
 
 
 def pool_of(tensor: torch.Tensor, row_bytes: int) -> Pool:
@@ -204,10 +210,10 @@ class CudaDevice:
         self.scratch = torch.empty(0, dtype=torch.uint8, device=self._torch)
 
     def mark(self) -> CudaEvent:
-        """Record an event on the calling thread's current stream (see also `waiting_for`)."""
+        """Record an event on the calling thread's current stream (see also `early_send`)."""
         with _device_errors():
             now = _record(torch.cuda.current_stream(self._torch))
-            early = getattr(_early, "event", None)
+            early = early_event()
             if early is None:
                 return CudaEvent(now)
             self._marks.wait_event(early)
@@ -220,12 +226,27 @@ class CudaDevice:
     def ring(self, size: int) -> memoryview:
         """Return pinned memory; as much of the device's is scratch from now on."""
         try:
-            self.scratch = torch.empty(size, dtype=torch.uint8, device=self._torch)
+            self.scratch = torch.zeros(size, dtype=torch.uint8, device=self._torch)
+            self._load_kernels()
         except RuntimeError as error:
             raise ConfigError(
-                f"--mem-fraction-static: leaves no {size >> 20} MiB of device memory for the KV transfer"
+                f"--mem-fraction-static: leaves no {size >> 20} MiB of device memory for the KV transfer "
+                f"({error})"
             ) from error
         return self.pinned(size)
+
+    def _load_kernels(self) -> None:
+        """Use what the lanes use, before anything is served: CUDA loads a kernel on its first use, and may
+        wait for all of the device's work then.
+        """
+        for width, kind in _WIDE:
+            for count in (8, 64):  # index_select has a kernel for few rows and one for many
+                source, target = (self.scratch[at:][: 64 * count * width].view(kind) for at in (0, 1 << 20))
+                index = torch.arange(count, device=self._torch)
+                rows = target.view(count, -1)
+                torch.index_select(source.view(count, -1), 0, index, out=rows)
+                source.view(count, -1).index_copy_(0, index, rows)
+        torch.cuda.synchronize(self._torch)
 
     def pinned(self, size: int) -> memoryview:
         """Return memory of the system that is registered with CUDA, piece by piece.
@@ -233,9 +254,7 @@ class CudaDevice:
         Raises ConfigError naming staging_bytes when the system or the driver refuses.
         """
         runtime: Any = torch.cuda.cudart()
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        memory = anonymous(size)
         base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         done: list[int] = []
         with torch.cuda.device(self._torch):
@@ -244,11 +263,7 @@ class CudaDevice:
                 if code:
                     for address in done:
                         runtime.cudaHostUnregister(address)
-                    raise ConfigError(
-                        f"PRFAAS_CONFIG.staging_bytes: cannot pin {size} bytes of host memory (CUDA error "
-                        f"{code} after {start - base} of them); lower it, or raise the memory limit "
-                        "(ulimit -l, the container's) of this worker"
-                    )
+                    raise _not_pinned(size, f"CUDA error {code} after {start - base} of them")
                 done.append(start)
         self._maps.append(memory)
         self._registered.append((base, size))
@@ -274,6 +289,27 @@ class CudaDevice:
             for start, _ in pieces(base, base, base + size):
                 runtime.cudaHostUnregister(start)
         self._maps.clear()
+
+
+def _not_pinned(size: int, why: str) -> ConfigError:
+    return ConfigError(
+        f"PRFAAS_CONFIG.staging_bytes: cannot pin {size} bytes of host memory ({why}); lower it, or raise "
+        "the memory limit (the container's, ulimit -l) of this worker"
+    )
+
+
+def anonymous(size: int) -> mmap.mmap:
+    """Return memory of the system, not pinned yet, in huge pages where there are some.
+
+    Raises ConfigError naming staging_bytes when there is too little.
+    """
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise _not_pinned(size, str(error)) from error
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 class _Memory:

@@ -10,6 +10,7 @@ What a device must be able to do is `Device` and `Lane`; `prfaas_sglang/engine/c
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -120,7 +121,7 @@ def runs(index: Rows) -> list[tuple[int, int]]:
         return []
     cuts = np.flatnonzero(np.diff(index) != 1) + 1
     edges = [0, *cuts.tolist(), len(index)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def long_runs(pool: Pool, index: Rows) -> list[tuple[int, int]] | None:

@@ -6,8 +6,11 @@ Streams are threads here (tests/thread_device.py); tests/gpu has the same with a
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +23,7 @@ from prfaas_sglang.engine.cuda import pool_of
 from prfaas_sglang.transfer.device import DeviceMemory, Pool
 from prfaas_sglang.transfer.memory import RowMemory
 from tests.device_pair import DevicePair, DeviceSide
-from tests.thread_device import ThreadDevice
+from tests.thread_device import WAIT_S, ThreadDevice
 
 STAGING = 32 << 20
 
@@ -51,13 +54,14 @@ def devices() -> Iterator[list[ThreadDevice]]:
         device.close()
 
 
+def both(devices: list[ThreadDevice]) -> list[DeviceSide]:
+    return [DeviceSide(seed, "cpu", partial(on_threads, device)) for seed, device in enumerate(devices)]
+
+
 @pytest.mark.parametrize("staging_bytes", [0, STAGING], ids=["from the pool", "staged"])
 def test_pools_of_sglangs_shapes_move_bit_by_bit(devices: list[ThreadDevice], staging_bytes: int) -> None:
     """Several requests, scattered and in runs: every byte of the decode pools is as it must be."""
-    sides = [
-        DeviceSide(i, "cpu", lambda args, layout, device=device: on_threads(device, args, layout))
-        for i, device in enumerate(devices)
-    ]
+    sides = both(devices)
     with closing(DevicePair(*sides, staging_bytes=staging_bytes)) as pair:
         for room in range(1, 7):
             pair.move(room, seed=room)
@@ -68,10 +72,7 @@ def test_pools_of_sglangs_shapes_move_bit_by_bit(devices: list[ThreadDevice], st
 
 def test_nothing_is_done_before_it_is_in_the_pool(devices: list[ThreadDevice]) -> None:
     """While decode's device has not written the rows, neither side hears that it is done."""
-    sides = [
-        DeviceSide(i, "cpu", lambda args, layout, device=device: on_threads(device, args, layout))
-        for i, device in enumerate(devices)
-    ]
+    sides = both(devices)
     with closing(DevicePair(*sides)) as pair:
         with devices[1].pause():
             pair.begin(1, [1, 9, 5], state=0, aux=0)
@@ -86,9 +87,48 @@ def test_nothing_is_done_before_it_is_in_the_pool(devices: list[ThreadDevice]) -
         assert torch.equal(pair.decode.pages(0, [1, 9, 5]), pair.prefill.pages(0, [4, 5, 6]))
 
 
+def test_an_aborted_transfer_writes_nothing_after_settle(devices: list[ThreadDevice]) -> None:
+    """What landed before the abort may be on its way still; `settle` says when the rows are free."""
+    sides = both(devices)
+    with closing(DevicePair(*sides)) as pair, ThreadPoolExecutor() as pool:
+        with devices[1].pause():
+            pair.begin(1, list(range(1, 61)), state=0, aux=0)
+            pair.prefill.wait(1, "grant")
+            assert pair.exporter.open(1, 60)
+            pair.exporter.send(1, list(range(20, 60)))
+            pair.decode.wait(1, "progress")
+            pair.importer.abort(1, "the client went away")
+            settled = pool.submit(pair.decode.memory.settle)
+            assert not settled.done()
+        settled.result(WAIT_S)
+        pair.prefill.wait(1, "failed")
+        for tensor in pair.decode.kv:
+            tensor.zero_()
+        pair.move(2, seed=1)  # compares the whole pools: nothing came late
+        pair.decode.memory.settle()
+        assert pair.decode.memory.ring.used_bytes == 0
+
+
+def test_a_broken_connection_leaves_no_slot_behind(devices: list[ThreadDevice]) -> None:
+    """Prefill goes away in the middle of frames: their slots come back, the transfer fails."""
+    sides = both(devices)
+    with closing(DevicePair(*sides)) as pair:
+        pair.begin(1, list(range(1, 101)), state=0, aux=0)
+        pair.prefill.wait(1, "grant")
+        assert pair.exporter.open(1, 100)
+        pair.exporter.send(1, list(range(1, 90)))
+        pair.decode.wait(1, "progress")
+        pair.exporter.close()
+        pair.decode.wait(1, "failed")
+    gc.collect()  # an error keeps the frame that it ended alive
+    for side in sides:
+        side.memory.settle()
+        assert side.memory.ring.used_bytes == 0
+
+
 def test_the_device_chooses_the_memory() -> None:
     """Host pools stay as they were; a device that is neither is refused with what is accepted."""
-    side = DeviceSide(0, "cpu", lambda args, layout: on_threads(ThreadDevice(), args, layout))
+    side = DeviceSide(0, "cpu", partial(on_threads, ThreadDevice()))
     assert isinstance(pools.pool_memory(side.args, side.layout, device="cpu"), RowMemory)
-    with pytest.raises(UnsupportedEngine, match="--device xpu: .* cpu and cuda"):
+    with pytest.raises(UnsupportedEngine, match=r"--device xpu: .* cpu and cuda"):
         pools.pool_memory(side.args, side.layout, device="xpu")

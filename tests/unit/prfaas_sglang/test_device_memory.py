@@ -5,20 +5,22 @@ The row operations are torch's, on CPU tensors; streams are threads, so that wha
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_service.core.errors import LocalProtocolError, TransferError
+from cache_service.core.errors import ConfigError, LocalProtocolError, TransferError
 from prfaas_sglang.core.layout import Component, Layout
-from prfaas_sglang.engine.cuda import PIECE_BYTES, pieces, pool_of
+from prfaas_sglang.engine.cuda import PIECE_BYTES, anonymous, early_event, early_send, pieces, pool_of
 from prfaas_sglang.transfer import device as subject
 from prfaas_sglang.transfer.device import DeviceMemory, Pool
 from prfaas_sglang.transfer.memory import RowCopy, RowMemory
@@ -309,6 +311,31 @@ def test_copies_are_cut_where_registered_memory_has_its_seams() -> None:
         parts = pieces(base, base + start, base + start + size)
         assert parts[0][0] == base + start
         assert parts[-1][1] == base + start + size
-        assert all(a[1] == b[0] for a, b in zip(parts[:-1], parts[1:], strict=True))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(parts))
         assert all((a - base) // PIECE_BYTES == (b - 1 - base) // PIECE_BYTES for a, b in parts)
     assert len(pieces(base, base, base + 2 * PIECE_BYTES)) == 2
+
+
+def test_memory_that_the_system_does_not_give_is_a_configuration_error() -> None:
+    """The field and the size are named."""
+    with pytest.raises(ConfigError, match=rf"staging_bytes: cannot pin {1 << 62} bytes"):
+        anonymous(1 << 62)
+
+
+def test_the_event_of_an_early_send_is_in_the_marks_of_that_send_only() -> None:
+    """It is taken from the sender once, and gone from the thread afterwards, an error included."""
+    event = object()
+    sender = SimpleNamespace(_early_send_wait_event=event)
+
+    def fail() -> None:
+        with early_send(sender):
+            assert early_event() is event
+            with ThreadPoolExecutor() as pool:
+                assert pool.submit(early_event).result(WAIT_S) is None
+            raise TransferError("gone")
+
+    with pytest.raises(TransferError):
+        fail()
+    assert early_event() is None
+    with early_send(sender):
+        assert early_event() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -148,7 +149,7 @@ def test_slots_never_overlap_and_nothing_is_lost(data: st.DataObject) -> None:
                 some.give_after(slot, event)
                 pending.append((slot, event))
         spans = sorted((s.offset, s.offset + len(s.host)) for s in [*taken, *(s for s, _ in pending)])
-        assert all(a[1] <= b[0] for a, b in zip(spans[:-1], spans[1:], strict=True))
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
     for _, event in pending:
         event.set()
     for slot in taken:
