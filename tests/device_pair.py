@@ -60,7 +60,7 @@ class DeviceSide:
             aux_data_lens=[t.nbytes for t in self.aux],
             aux_item_lens=[t[0].nbytes for t in self.aux],
         )
-        self.layout = pools.describe(self.args, model="tiny", tp_size=1)
+        self.layout = pools.describe(self.args, model="tiny", tp_size=1, model_dtype="bfloat16")
         self.memory = make(self.args, self.layout)
         self._lock = threading.Condition()
         self._heard: dict[tuple[int, str], str] = {}
