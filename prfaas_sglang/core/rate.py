@@ -72,6 +72,8 @@ PROBE_MAX = 1.6
 PAID = 0.9
 #: The cap is not raised further above goodput than this.
 REACH = 1.5
+#: After a partition TCP repairs what was lost first: goodput and round trips say nothing for so long.
+RECOVERY_S = 0.5
 #: Round trips after an idle spell until acknowledgements come at the sending rate.
 FILL_RTTS = 1.5
 FLOOR_BYTES_PER_S = 128 << 10
@@ -100,6 +102,7 @@ class RateController:
     _drained_from_s: float = 0.0  # smoothed round trip at the last step
     _before_drain_bytes_per_s: float = 0.0
     _futile: int = 0
+    _stalled_at_bytes: int | None = None
     _path_rtt_s: float = 0.0  # round trip without a queue of ours, 0 while that is the least one
 
     def update(self, sample: Sample) -> float | None:
@@ -110,6 +113,11 @@ class RateController:
             history.clear()
             self._filling_until_s = None
             return self.cap_bytes_per_s
+        if self._stalled_at_bytes is not None:
+            if sample.acked_bytes == self._stalled_at_bytes:
+                return self.cap_bytes_per_s
+            self._stalled_at_bytes = None
+            self._filling_until_s = sample.now_s + max(RECOVERY_S, FILL_RTTS * sample.min_rtt_s)
         if self._filling_until_s is None:
             # the pipe is empty: for a round trip acknowledgements say nothing of the link either
             self._filling_until_s = sample.now_s + FILL_RTTS * sample.min_rtt_s
@@ -127,7 +135,7 @@ class RateController:
         if not self.goodput_bytes_per_s:
             # nothing arrives at all: a partition; what comes after it starts with an empty pipe
             history.clear()
-            self._filling_until_s = None
+            self._stalled_at_bytes = sample.acked_bytes
             return self.cap_bytes_per_s
         self._path_rtt_s = min(self._path_rtt_s, sample.srtt_s)
         path_rtt_s = max(self._path_rtt_s, sample.min_rtt_s)

@@ -154,3 +154,19 @@ def test_delayed_acknowledgements_of_a_slow_link_are_not_a_queue(mbit: int) -> N
     run = simulate(Link(rate, 0.004, gain=6, extra_s=held_back), 18)
     assert run.goodput(5, 8) >= 0.7 * mbit * MBIT
     assert run.goodput(13, 18 - 2 * SAMPLE_S) >= 0.8 * 200 * MBIT
+
+
+def test_a_partition_leaves_the_cap_alone() -> None:
+    """For 3 s nothing arrives; then TCP repairs, with round trips that say nothing; the cap is as before."""
+    controller, acked, now_s = RateController(), 0.0, 0.0
+    for i in range(150):
+        rtt_s = 0.08 if 50 <= i < 60 else 0.04  # once full, so that there is a cap
+        acked, now_s = acked + 1e8 * SAMPLE_S, now_s + SAMPLE_S
+        before = controller.update(Sample(now_s, int(acked), rtt_s, 0.04, True))
+    assert before is not None
+    for i in range(180):
+        now_s += SAMPLE_S
+        if i >= 150:  # a little at first, behind round trips of half a second
+            acked += 1e8 * SAMPLE_S * (i - 149) / 30
+        cap = controller.update(Sample(now_s, int(acked), 0.5 if i >= 150 else 0.04, 0.04, True))
+    assert cap == before
