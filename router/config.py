@@ -109,8 +109,7 @@ class RouterConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         site: the site whose decode workers this router serves.
         index: host:port of the cache service, None to route without an index.
         early_first_token: send the first token of a stream when the prefill worker has it, without waiting
-            for the KV transfer. Switch it off for workers with a reasoning or tool-call parser, or with
-            incremental streaming output.
+            for the KV transfer, wherever decode's own stream is sure to begin with it.
     """
 
     listen: str

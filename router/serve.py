@@ -19,7 +19,8 @@ from cache_service.core.errors import Unavailable
 from cache_service.core.ids import Namespace, WorkerId
 from router.client import Client
 from router.config import RouterConfig
-from router.core.join import FirstToken, hold_reason, stop_strings
+from router.core.hold import hold_reason, ignores_end, stop_strings
+from router.core.join import FirstToken
 from router.core.model import Decision, Match, Policy, PolicyName, Request
 from router.core.policy import choose
 from router.index import PrefixIndex, lookup
@@ -113,7 +114,8 @@ class Server:
         record.stream = request.stream
         check_model(request, self.config.model.name)
         record.match = await self._match(request, record)
-        held = hold_reason(record.api, request.body) if self.config.early_first_token else "off"
+        room = self.config.model.context_length - (record.prompt_tokens or 0)
+        held = hold_reason(record.api, request.body, room) if self.config.early_first_token else "off"
         call = Call(
             path=PATHS[record.api],
             body=raw,
@@ -123,6 +125,9 @@ class Server:
             api=record.api,
             held=held,
             stops=tuple(stop_strings(record.api, request.body)),
+            ends=() if ignores_end(record.api, request.body) else self._tokenizer.ends,
+            fields=request.body,
+            prompt_tokens=record.prompt_tokens or 0,
             headers={name: http.headers[name] for name in _FORWARDED if name in http.headers},
         )
         return await self._try_routes(http, call, record, record.match)
@@ -183,6 +188,7 @@ class Server:
             if not isinstance(answer, Failure):
                 return answer
             failure = answer
+            self._upstream.traits.forget(_worker(decision, failure.side))
             self.metrics.failures.labels(failure.side, failure.kind).inc()
             record.failures.append(f"{failure.side}:{failure.kind}:{failure.status}")
             broke += failure.hard
@@ -215,7 +221,7 @@ class Server:
         """Try one route; a Failure means that the client has got nothing yet, or the first token alone."""
         loop = asyncio.get_running_loop()
         record = client.record
-        first = None if call.held or client.rest is not None else FirstToken(call.api, call.stops)
+        first = None if call.held or client.rest is not None else FirstToken(call.api, call.stops, call.ends)
         breakers = self.table.breakers
         prefill, decode = decision.prefill.worker_id, decision.decode.worker_id
         record.room = secrets.randbits(63)

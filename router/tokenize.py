@@ -28,6 +28,8 @@ from router.openai import Api, ParsedRequest, RequestError, stop_token_ids
 from router.template import ChatTemplate
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+#: Tokens that SGLang takes for the end although no configuration says so (utils/hf_transformers/common.py).
+_MORE_ENDS = ("<|eom_id|>", "<|content_model_end_sampling|>", "<|ifm|im_end|>")
 #: Classes whose BOS comes from tokenizer_config.json in SGLang (default: added).
 _BOS_BY_FLAG = (
     "LlamaTokenizer",
@@ -78,6 +80,8 @@ class PromptTokenizer:
         source = _template_source(model_path, config)
         self._template = ChatTemplate(source, special) if source else None
         self._vocabulary = _vocabulary_size(model_path)
+        #: Texts of the tokens that end an answer, less those that are special and never shown; None: unknown.
+        self.ends = _end_texts(self._tokenizer, model_path, special)
 
     def _known(self, ids: list[int], field: str) -> list[int]:
         """Return `ids` if the model has embeddings for all of them; an unknown one can end a worker."""
@@ -138,6 +142,11 @@ class TokenizerPool:
         self._page_size = page_size
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
 
+    @property
+    def ends(self) -> frozenset[str] | None:
+        """Texts of the tokens that end an answer and are not special; None when they are not known."""
+        return self._tokenizer.ends
+
     async def prompt(self, request: ParsedRequest) -> Prompt:
         """Tokenise and hash. Raises RequestError for what the tokenizer or the template refuses."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._work, request)
@@ -172,6 +181,26 @@ def _vocabulary_size(model_path: Path) -> int | None:
     text = config.get("text_config")
     size = (text if isinstance(text, dict) else config).get("vocab_size")
     return size if type(size) is int and size > 0 else None
+
+
+def _end_texts(tokenizer: Tokenizer, model_path: Path, special: dict[str, str]) -> frozenset[str] | None:
+    """Return what the engine's stop tokens look like where they are not special (schedule_batch.py).
+
+    None when config.json does not say: then transformers has a default for each model class.
+    """
+    config = _read_json(model_path / "config.json")
+    text = config.get("text_config")
+    sources = [config, text if isinstance(text, dict) else {}]
+    if not any("eos_token_id" in source for source in sources):
+        return None
+    ids: set[object] = {tokenizer.token_to_id(t) for t in (special.get("eos_token"), *_MORE_ENDS) if t}
+    for source in (*sources, _read_json(model_path / "generation_config.json")):
+        value = source.get("eos_token_id")
+        ids.update(value if isinstance(value, list) else [value])
+    texts = {tokenizer.decode([i], skip_special_tokens=True) for i in ids if type(i) is int and i >= 0}
+    if any("\ufffd" in t for t in texts):
+        return None  # part of a character looks different behind another part
+    return frozenset(texts - {""})
 
 
 def _text(token: object) -> str | None:

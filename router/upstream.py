@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -25,10 +25,12 @@ from cache_service import logs
 from cache_service.core.errors import RemoteProtocolError
 from router.answers import AnswerError, Facts, StreamWatch, error_of, facts_of, message_of
 from router.config import LimitConfig, TimeoutConfig, WorkerConfig
+from router.core.hold import worker_reason
 from router.core.join import FirstToken, Mismatch, Rest
 from router.core.sse import SseParser
 from router.metrics import RouterMetrics
 from router.openai import with_fields
+from router.traits import TraitTable
 
 _log = logging.getLogger(__name__)
 _ERROR_BODY_BYTES = 64 << 10
@@ -89,6 +91,8 @@ class Call:
     Attributes:
         held: why the first token has to come from decode, "" when prefill's may be sent (core/join.py).
         stops: the request's stop strings.
+        ends: texts of the tokens that end the answer, None when they are not known.
+        fields: the parsed body, not to be changed.
     """
 
     path: str
@@ -99,6 +103,9 @@ class Call:
     api: str = ""
     held: str = "off"
     stops: tuple[str, ...] = ()
+    ends: Collection[str] | None = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    prompt_tokens: int = 0
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -121,6 +128,7 @@ class Upstream:
             auto_decompress=False,
             headers={"Accept-Encoding": "identity"},
         )
+        self.traits = TraitTable(self._session)
 
     def post(self, url: str, body: bytes, headers: dict[str, str]) -> aiohttp.client._RequestContextManager:
         """Start a POST of JSON bytes."""
@@ -157,6 +165,7 @@ class Upstream:
         """Wait for the aborts under way (each bounded), then close every connection."""
         while self._background:
             await asyncio.wait(self._background)
+        await self.traits.close()
         await self._session.close()
 
 
@@ -201,6 +210,7 @@ class Exchange:
                 "rid": [rid] if call.listed else rid,
             },
         )
+        self._asked: asyncio.Task[str] | None = None
         self._prefill: asyncio.Task[Failure | None] | None = None
         self._decode: asyncio.Task[Failure | None] | None = None
         self._response: aiohttp.ClientResponse | None = None
@@ -220,6 +230,8 @@ class Exchange:
         what decode's stream has to follow.
         """
         loop = asyncio.get_running_loop()
+        if self._first_token is not None:
+            self._asked = loop.create_task(self._ask_workers())
         self._prefill = loop.create_task(self._run_prefill())
         self._prefill.add_done_callback(lambda _: self._prefilled())
         self._decode = loop.create_task(self._open_decode())
@@ -300,7 +312,7 @@ class Exchange:
                 for side, worker in self._workers.items()
             )
         )
-        tasks = [task for task in (self._prefill, self._decode) if task is not None]
+        tasks = [task for task in (self._asked, self._prefill, self._decode) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -328,13 +340,23 @@ class Exchange:
                     for event in watch.feed(chunk) if self._call.stream else ():
                         if (error := error_of(event)) is not None:
                             return self._answered(Side.PREFILL, error)
-                        self._look_for_token(event)
+                        await self._look_for_token(event)
                 return None
         except (aiohttp.ClientError, OSError) as error:
             return _lost(Side.PREFILL, error)
 
-    def _look_for_token(self, event: bytes) -> None:
-        if self._first_token is not None and (early := self._first_token.feed(event)):
+    async def _ask_workers(self) -> str:
+        """Return why these workers' first token has to come from decode, "" when it need not."""
+        sides = (self._workers[Side.PREFILL], self._workers[Side.DECODE])
+        traits = await asyncio.gather(*(self._upstream.traits.get(w, self._call.headers) for w in sides))
+        return worker_reason(self._call.api, self._call.fields, self._call.prompt_tokens, *traits)
+
+    async def _look_for_token(self, event: bytes) -> None:
+        if self._first_token is None or self._asked is None or not (early := self._first_token.feed(event)):
+            return
+        if reason := await self._asked:
+            self._first_token.reason = reason
+        else:
             self._early.set_result(early)
 
     async def _open_decode(self) -> Failure | None:

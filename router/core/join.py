@@ -3,7 +3,7 @@
 The prefill worker samples the first token and answers as soon as its KV is in staging memory; decode's answer
 begins with the same token, a KV transfer later. The client gets prefill's, and then decode's stream less what
 it has: what it sees is decode's own stream, cut differently. Where that cannot be known beforehand nothing is
-sent early (`hold_reason`, `FirstToken.reason`).
+sent early (core/hold.py, `FirstToken.reason`).
 
 Rests on the streams of SGLang 0.5.21: prefill ends after one token with finish reason "length" whatever the
 request says and does not look at stop conditions; chat begins with a role event; /generate's text and ids are
@@ -13,12 +13,12 @@ cumulative. Pure: events in, events out.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-#: Request shapes (the values of openai.Api).
-CHAT, COMPLETION, GENERATE = "chat", "completion", "generate"
+from router.core.hold import CHAT, GENERATE
+
 _DONE = b"[DONE]"
 #: What decode's detokenizer holds back until the character is whole.
 _INCOMPLETE = "\ufffd"
@@ -26,30 +26,6 @@ _INCOMPLETE = "\ufffd"
 
 class Mismatch(Exception):
     """Decode's stream does not begin with what the client already has."""
-
-
-def hold_reason(api: str, body: Mapping[str, Any]) -> str:
-    """Return why this request's first token must come from decode, "" when it need not."""
-    if not body.get("stream"):
-        return "not_streamed"
-    sampling = body.get("sampling_params") if api == GENERATE else body
-    if not isinstance(sampling, dict) or sampling.get("n") not in (None, 1):
-        return "several_answers"
-    if sampling.get("stop_token_ids") or sampling.get("stop_regex") or sampling.get("no_stop_trim"):
-        return "stop_condition"
-    if sampling.get("skip_special_tokens") is False:
-        return "special_tokens"
-    if body.get("tools") and body.get("tool_choice") != "none":
-        return "tools"  # text is held back by the tool parser
-    return ""
-
-
-def stop_strings(api: str, body: Mapping[str, Any]) -> list[str]:
-    """Return the request's stop strings."""
-    sampling = body.get("sampling_params") if api == GENERATE else body
-    stop = sampling.get("stop") if isinstance(sampling, dict) else None
-    found = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
-    return [s for s in found if isinstance(s, str) and s]
 
 
 def _may_stop(text: str, stops: Sequence[str]) -> bool:
@@ -88,6 +64,7 @@ class FirstToken:
 
     Attributes:
         api, stops: of the request.
+        ends: texts of the tokens that end an answer, None: not known.
         text: the token's text (behind the prompt when it is echoed), "" until it is known.
         ident, created: the stream's id and time stamp, which later events then carry too.
         reason: why it cannot be sent, "" while it may.
@@ -95,6 +72,7 @@ class FirstToken:
 
     api: str
     stops: Sequence[str] = ()
+    ends: Collection[str] | None = ()
     text: str = ""
     ident: str | None = None
     created: int | None = None
@@ -125,6 +103,8 @@ class FirstToken:
             self.reason = "half_character"
         elif _may_stop(text, self.stops):
             self.reason = "stop_string"
+        elif self.ends is None or any(text.rstrip(" ").endswith(end.strip(" ")) for end in self.ends):
+            self.reason = "stop_token"  # alone, a token may lose the space that it has in the text
         elif ids is not None and (not isinstance(ids, list) or len(ids) != 1):
             self.reason = "shape"
         else:
@@ -142,6 +122,9 @@ class FirstToken:
         meta = {**meta, "finish_reason": None}
         for key in ("e2e_latency", "weight_versions"):
             meta.pop(key, None)  # of a whole answer
+        for key in meta:
+            if key.startswith("input_") and isinstance(meta[key], list):
+                meta[key] = []  # decode never has the prompt's logprobs
         return _event({**value, "meta_info": meta})
 
     def _completed(self, value: dict[str, Any], choice: dict[str, Any]) -> bytes:
@@ -187,6 +170,7 @@ class Rest:
     created: int | None = None
     _text: str = field(init=False)
     _logprob_dropped: bool = False
+    _ids_dropped: bool = False
     _role_dropped: bool = False
     _same_stamps: bool = True
     _through: bool = False
@@ -255,13 +239,17 @@ class Rest:
         finished = choice.get("finish_reason") is not None
         if finished and self.left:
             raise Mismatch("decode ended before its first token")
+        changed = {**choice, "text": new}
         logprobs = choice.get("logprobs")
         if isinstance(logprobs, dict) and not self._logprob_dropped:
             self._logprob_dropped = True
-            logprobs = {k: v[1:] if isinstance(v, list) else v for k, v in logprobs.items()}
+            changed["logprobs"] = {k: v[1:] if isinstance(v, list) else v for k, v in logprobs.items()}
+        if isinstance(ids := choice.get("token_ids"), list) and not self._ids_dropped:
+            self._ids_dropped = True
+            changed |= {"token_ids": ids[1:], "prompt_token_ids": None}
         if not new and not finished:
             return b""
-        return _event({**value, "choices": [{**choice, "text": new, "logprobs": logprobs}]})
+        return _event({**value, "choices": [changed]})
 
     def _chatted(self, value: dict[str, Any], choice: dict[str, Any]) -> bytes:
         delta = choice.get("delta")

@@ -76,6 +76,9 @@ STREAMS: list[tuple[str, dict[str, object]]] = [
     ("/v1/completions", {"logprobs": 2, "stream_options": {"include_usage": True}}),
     ("/v1/completions", {"max_tokens": 1}),
     ("/v1/completions", {"echo": True}),
+    ("/v1/completions", {"max_tokens": 1, "return_token_ids": True, "logprobs": 1}),
+    ("/v1/completions", {"stop": ["qqqq", "zzzz"], "return_token_ids": True}),
+    ("/generate", {"return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": 0}),
     ("/v1/chat/completions", {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}),
     ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 2}),
     ("/generate", {"return_logprob": True}),
@@ -124,7 +127,7 @@ def told(url: str, path: str, body: dict[str, object], prompt: str) -> dict[str,
         full["messages"] = [{"role": "user", "content": prompt}]
     else:
         full["prompt"] = prompt
-    text, probs, finish, usage, heads = "", [], [], None, set()
+    text, probs, ids, finish, usage, heads = "", [], [], [], None, set()
     with requests.post(f"{url}{path}", json=full, stream=True, timeout=60) as answer:
         assert answer.status_code == 200, answer.text
         events = [line[6:] for line in answer.iter_lines() if line]
@@ -133,6 +136,8 @@ def told(url: str, path: str, body: dict[str, object], prompt: str) -> dict[str,
         assert "error" not in event, event
         if path == "/generate":
             text, probs = event["text"], event["meta_info"]["output_token_logprobs"]
+            assert event["meta_info"]["input_token_logprobs"] == []
+            ids = event["output_ids"]
             finish = (
                 [event["meta_info"]["finish_reason"]["type"]] if event["meta_info"]["finish_reason"] else []
             )
@@ -143,10 +148,11 @@ def told(url: str, path: str, body: dict[str, object], prompt: str) -> dict[str,
         for choice in event["choices"]:
             text += choice["delta"].get("content") or "" if "chat" in path else choice["text"]
             found = choice["logprobs"] or {}
+            ids += choice.get("token_ids") or []
             probs += found.get("content") or found.get("token_logprobs") or []
             finish += [choice["finish_reason"]] if choice["finish_reason"] else []
     assert len(heads) == 1
-    return {"text": text, "logprobs": probs, "finish": finish, "usage": usage}
+    return {"text": text, "logprobs": probs, "ids": ids, "finish": finish, "usage": usage}
 
 
 @pytest.mark.parametrize(("path", "body"), STREAMS, ids=str)
@@ -170,6 +176,33 @@ def test_the_first_token_comes_from_prefill_and_the_stream_is_decodes(
     after = first_tokens(far_router)
     assert after["stop_condition"] == before["stop_condition"] + 1
     assert after["prefill"] == before["prefill"] + 3
+
+
+#: The tiny models' end of turn.
+TURN_END = "2"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "reason"),
+    [
+        ("/v1/completions", {"ignore_eos": False, "logit_bias": {TURN_END: 100}}, "no_text"),
+        ("/v1/chat/completions", {"ignore_eos": False, "logit_bias": {TURN_END: 100}}, "no_text"),
+        ("/v1/completions", {"regex": "[a-z]", "max_tokens": 4}, "field"),
+        ("/v1/chat/completions", {"max_tokens": 0}, "no_room"),
+        ("/v1/completions", {"stop": [" ", "e", "a", "i", "o", "n", "t", "1", "3"]}, "stop_string"),
+    ],
+    ids=str,
+)
+def test_what_decode_would_not_show_is_not_sent(
+    far_router: str, path: str, body: dict[str, object], reason: str
+) -> None:
+    """The end, a grammar, no room, a stop string: the client gets what decode streams, nothing before it."""
+    before = first_tokens(far_router)
+    prompt = "Hello" if "chat" in path else "The quick brown fox jumps over the lazy dog and"
+    assert len(told(far_router, path, body, prompt)["finish"]) == 1  # type: ignore[arg-type]
+    after = first_tokens(far_router)
+    assert after["prefill"] == before["prefill"]
+    assert after[reason] == before.get(reason, 0) + 1
 
 
 def first_tokens(url: str) -> dict[str, float]:

@@ -33,6 +33,7 @@ def write_model(path: Path) -> Path:
     tokenizer.save(str(path / "tokenizer.json"))
     config = {"chat_template": CHAT, "bos_token": "<s>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (path / "tokenizer_config.json").write_text(json.dumps(config))
+    (path / "config.json").write_text(json.dumps({"eos_token_id": tokenizer.token_to_id("<s>")}))
     return path
 
 
@@ -56,6 +57,16 @@ STREAM = (chunk("caf\u00e9 "), b": ping\n\n", chunk("end"), chunk("", usage=USAG
 ANSWER = json.dumps({"id": "1", "choices": [{"message": {"content": "hi"}}], "usage": USAGE}).encode()
 
 
+INFO: dict[str, Any] = {
+    "max_total_num_tokens": 4096,
+    "page_size": 16,
+    "incremental_streaming_output": False,
+    "reasoning_parser": None,
+    "preferred_sampling_params": None,
+    "chat_template": None,
+}
+
+
 @dataclass
 class Worker:
     """One scripted worker; `script` may answer instead of the usual behaviour.
@@ -73,6 +84,8 @@ class Worker:
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     stream: tuple[bytes, ...] = STREAM
+    asked: list[dict[str, str]] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=lambda: dict(INFO))
     server: TestServer | None = None
 
     async def start(self) -> None:
@@ -80,6 +93,7 @@ class Worker:
         for path in ("/v1/chat/completions", "/v1/completions", "/generate"):
             app.router.add_post(path, self._serve)
         app.router.add_post("/abort_request", self._abort)
+        app.router.add_get("/server_info", self._info)
         self.server = TestServer(app)
         await self.server.start_server()
 
@@ -91,6 +105,10 @@ class Worker:
     async def stop(self) -> None:
         if self.server is not None:
             await self.server.close()
+
+    async def _info(self, request: web.Request) -> web.Response:
+        self.asked.append(dict(request.headers))
+        return web.json_response(self.info, status=200 if self.info else 404)
 
     async def _abort(self, request: web.Request) -> web.Response:
         self.aborted.put_nowait((await request.json())["rid"])

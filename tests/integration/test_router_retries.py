@@ -262,3 +262,37 @@ async def test_a_route_that_fails_behind_the_first_token_is_replaced(
         rest = await response.content.read()
     assert (b"stream_broken" in rest) == (ends == "broken")
     assert (b'"end"' in rest) == (ends == "ok")
+
+
+@pytest.mark.parametrize(
+    ("side", "told", "reason"),
+    [
+        ("b-decode", {"reasoning_parser": "qwen3"}, "reasoning_parser"),
+        ("b-prefill", {"reasoning_parser": "qwen3"}, "reasoning_parser"),
+        ("b-decode", None, "worker_unknown"),
+    ],
+)
+async def test_workers_that_hold_text_back_are_waited_for(
+    make: Make, side: str, told: dict[str, Any] | None, reason: str
+) -> None:
+    """Decode answers after prefill's token was refused: the client gets decode's stream alone."""
+    fleet = await make()
+    fleet["b-prefill"].stream = first_token("<thi")
+    fleet[side].info = {} if told is None else fleet[side].info | told
+    response, got = await fleet.post(SHORT | {"stream": True})
+    assert response.status == 200
+    assert got == b"".join(STREAM)
+    counted = [f'prfaas_router_first_tokens_total{{outcome="{r}"}} 1.0' for r in (reason, "decode_was_first")]
+    assert any([await fleet.metric(line) for line in counted])
+
+
+async def test_workers_are_asked_about_themselves_once(make: Make) -> None:
+    """Not for each stream; and with the client's credentials."""
+    fleet = await make()
+    fleet["b-prefill"].stream = first_token("caf\u00e9 ")
+    headers = {"Authorization": "Bearer k"}
+    for _ in range(5):
+        async with fleet.client.post(CHAT, json=SHORT | {"stream": True}, headers=headers) as response:
+            assert (await response.read()).count(b"caf") == 1
+    for name in ("b-prefill", "b-decode"):
+        assert [asked.get("Authorization") for asked in fleet[name].asked] == ["Bearer k"]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.core.join import FirstToken, Mismatch, Rest, hold_reason, stop_strings
+from router.core.join import FirstToken, Mismatch, Rest
 from router.core.sse import SseParser
 from router.openai import Api
 
@@ -53,6 +53,9 @@ def stream(
             events.append({**head, "choices": [choice]})
         else:
             choice = {"index": 0, "text": text, "logprobs": probs, "finish_reason": finish if last else None}
+            if with_logprobs:
+                choice["token_ids"] = [ord(t[0]) for t in group]
+                choice["prompt_token_ids"] = [1, 2] if i == 0 else None
             events.append({**head, "choices": [choice], "usage": None})
     if api == "chat":
         events.append(
@@ -66,6 +69,8 @@ def stream(
 def seen(api: str, events: list[bytes]) -> dict[str, Any]:
     """Return what a client makes of a stream."""
     text, probs, finish, roles, usage, heads = "", [], None, 0, None, set()
+    ids: list[int] = []
+    prompts = 0
     assert events[-1] == b"[DONE]"
     for event in events[:-1]:
         value = json.loads(event)
@@ -83,11 +88,14 @@ def seen(api: str, events: list[bytes]) -> dict[str, Any]:
         finish = choice["finish_reason"] or finish
         roles += "role" in choice.get("delta", {})
         text += (choice["delta"].get("content") or "") if api == "chat" else choice["text"]
+        ids += choice.get("token_ids") or []
+        prompts += choice.get("prompt_token_ids") is not None
         if choice["logprobs"]:
             probs += choice["logprobs"]["content"] if api == "chat" else choice["logprobs"]["tokens"]
     return {
         "text": text,
         "logprobs": probs,
+        "ids": (ids, prompts),
         "finish": finish,
         "roles": roles,
         "usage": usage,
@@ -158,35 +166,6 @@ def test_a_token_that_decode_might_not_emit_is_held(
     assert first.reason.replace("finished", "no_text") == reason
 
 
-@pytest.mark.parametrize(
-    ("api", "body", "reason"),
-    [
-        (Api.CHAT, {}, "not_streamed"),
-        (Api.CHAT, {"stream": True}, ""),
-        (Api.CHAT, {"stream": True, "n": 2}, "several_answers"),
-        (Api.CHAT, {"stream": True, "tools": [{}]}, "tools"),
-        (Api.CHAT, {"stream": True, "tools": [{}], "tool_choice": "none"}, ""),
-        (Api.COMPLETION, {"stream": True, "stop_token_ids": [3]}, "stop_condition"),
-        (Api.COMPLETION, {"stream": True, "skip_special_tokens": False}, "special_tokens"),
-        (Api.GENERATE, {"stream": True}, "several_answers"),
-        (Api.GENERATE, {"stream": True, "sampling_params": {"stop_regex": "a+"}}, "stop_condition"),
-        (Api.GENERATE, {"stream": True, "sampling_params": {}}, ""),
-    ],
-)
-def test_requests_whose_first_token_is_decodes(api: str, body: dict[str, Any], reason: str) -> None:
-    """What the request asks for decides before anything is sent."""
-    assert hold_reason(api, body) == reason
-
-
-def test_stop_strings_of_both_shapes() -> None:
-    """A string, a list, or native sampling parameters; nonsense is left to the worker."""
-    assert stop_strings(Api.CHAT, {"stop": "a"}) == ["a"]
-    assert stop_strings(Api.COMPLETION, {"stop": ["a", "", 3]}) == ["a"]
-    assert stop_strings(Api.GENERATE, {"sampling_params": {"stop": ["b"]}}) == ["b"]
-    assert stop_strings(Api.GENERATE, {"sampling_params": [1]}) == []
-    assert stop_strings(Api.CHAT, {"stop": 5}) == []
-
-
 @given(st.sampled_from(APIS), st.binary(max_size=60), st.text(max_size=3))
 def test_garbage_from_a_worker_never_breaks_the_join(api: str, data: bytes, left: str) -> None:
     """Bytes that are no event of ours pass, or are refused by name."""
@@ -195,3 +174,32 @@ def test_garbage_from_a_worker_never_breaks_the_join(api: str, data: bytes, left
         Rest(api, left).feed(data)
     except Mismatch:
         assert left
+
+
+@pytest.mark.parametrize(
+    ("text", "ends", "echo", "held"),
+    [
+        ("</s>", ["</s>"], "", True),
+        (" end", ["end"], "", True),  # alone, the token has no space
+        ("x", ["end"], "prompt ", False),
+        ("end", ["end"], "prompt ", True),
+        ("x", None, "", True),
+        ("x", [], "", False),
+    ],
+)
+def test_a_token_that_may_end_the_answer_is_held(
+    text: str, ends: list[str] | None, echo: str, held: bool
+) -> None:
+    """Decode trims it, prefill does not."""
+    first = FirstToken("completion", (), ends)
+    events = stream("completion", [[echo + text]], ident="r", created=1, finish="length", with_logprobs=False)
+    assert bool(b"".join(map(first.feed, events))) != held
+    assert first.reason == ("stop_token" if held else "")
+
+
+def test_the_prompts_logprobs_are_not_told_early() -> None:
+    """Prefill has them, decode's stream does not."""
+    meta = {"id": "r", "finish_reason": {"type": "length"}, "input_token_logprobs": [[-1.0, 3, None]]}
+    event = {"text": "a", "output_ids": [1], "meta_info": meta}
+    sent = FirstToken("generate").feed(json.dumps(event).encode())
+    assert json.loads(sent[6:])["meta_info"]["input_token_logprobs"] == []

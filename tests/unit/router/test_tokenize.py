@@ -211,3 +211,20 @@ def test_unknown_stop_token_ids_are_refused(model: Path, nested: bool) -> None:
     for ids, message in (([300], r"stop_token_ids: token id 300"), (7, "stop_token_ids: expected an array")):
         with pytest.raises(RequestError, match=message):
             tokenizer.encode(parse(api, body(ids)))
+
+
+def test_what_ends_an_answer(model: Path) -> None:
+    """Stop tokens that are shown as text; special ones are not, and without a configuration nobody knows."""
+    (model / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": [65, 256]}}))
+    (model / "generation_config.json").write_text('{"eos_token_id": 66}')
+    letters = PromptTokenizer(model)
+    expected = {letters._tokenizer.decode([65]), letters._tokenizer.decode([66])}
+    assert letters.ends == expected
+    assert "<s>" not in expected
+    (model / "config.json").write_text('{"vocab_size": 300}')
+    assert PromptTokenizer(model).ends is None  # the model class may have a default
+    (model / "config.json").write_text('{"eos_token_id": null}')
+    (model / "generation_config.json").unlink()
+    assert PromptTokenizer(model).ends == frozenset()
+    (model / "config.json").write_text('{"eos_token_id": 180}')
+    assert PromptTokenizer(model).ends is None  # half a character
