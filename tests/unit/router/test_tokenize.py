@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders
 
 from cache_service.core.blocks import block_hashes, event_namespace_seed
 from cache_service.core.errors import ConfigError
@@ -213,6 +214,14 @@ def test_unknown_stop_token_ids_are_refused(model: Path, nested: bool) -> None:
             tokenizer.encode(parse(api, body(ids)))
 
 
+def half_a_character(model: Path) -> int:
+    """Return a token that is one byte of a longer character, for a tokenizer that decodes bytes."""
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(model / "tokenizer.json"))
+    return next(i for i in range(256) if "\ufffd" in tokenizer.decode([i]))
+
+
 def test_what_ends_an_answer(model: Path) -> None:
     """Stop tokens that are shown as text; special ones are not, and without a configuration nobody knows."""
     (model / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": [65, 256]}}))
@@ -226,5 +235,5 @@ def test_what_ends_an_answer(model: Path) -> None:
     (model / "config.json").write_text('{"eos_token_id": null}')
     (model / "generation_config.json").unlink()
     assert PromptTokenizer(model).ends == frozenset()
-    (model / "config.json").write_text('{"eos_token_id": 180}')
-    assert PromptTokenizer(model).ends is None  # half a character
+    (model / "config.json").write_text(f'{{"eos_token_id": {half_a_character(model)}}}')
+    assert PromptTokenizer(model).ends is None
