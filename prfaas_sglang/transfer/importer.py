@@ -330,8 +330,13 @@ class Importer:
                 self._landed(peer, item)
             return
         landing = self._memory.landing(data.component, data.tensor, rows)
-        if not self._fill(wire, item, list(landing.views), left):
-            landing.drop()
+        filled = False
+        try:
+            filled = self._fill(wire, item, list(landing.views), left)
+        finally:
+            if not filled:
+                landing.drop()
+        if not filled:
             return
         digest = xxhash.xxh3_64(head)
         for view in landing.views:
