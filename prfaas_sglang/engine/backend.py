@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,6 +42,9 @@ from prfaas_sglang.transfer.tls import Tls, TlsFiles
 
 logger = logging.getLogger(__name__)
 
+#: How long a thread may keep the interpreter when another wants it (Python's default is 5 ms).
+SWITCH_S = 2e-4
+
 
 class PrfaasManager(CommonKVManager):
     """One per scheduler rank: owns the exporter (prefill) or the importer (decode)."""
@@ -52,6 +56,8 @@ class PrfaasManager(CommonKVManager):
         self._worker = worker
         super().__init__(args, mode, server_args, is_mla_backend)
         announce_prompts()
+        # the scheduler's thread must not wait long for the interpreter when ours run
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
         self.server_socket.close(linger=0)  # the base class's control socket; nobody may talk to it
         layout = pools.describe(
             args,
