@@ -13,6 +13,7 @@ cumulative. Pure: events in, events out.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,8 @@ from typing import Any
 from router.core.hold import CHAT, GENERATE
 
 _DONE = b"[DONE]"
+#: In an event's head, before anything that a model wrote; in a string its quotes would be escaped.
+_CREATED = re.compile(rb'"created":\s*\d+')
 #: What decode's detokenizer holds back until the character is whole.
 _INCOMPLETE = "\ufffd"
 
@@ -77,7 +80,7 @@ class FirstToken:
     ident: str | None = None
     created: int | None = None
     reason: str = ""
-    _role: bytes = b""
+    _role: dict[str, Any] | None = None
 
     def feed(self, data: bytes) -> bytes:
         """Take an event of prefill's stream; return what the client gets now, b"" for nothing yet."""
@@ -112,6 +115,11 @@ class FirstToken:
             return True
         return False
 
+    def _stamp(self, value: Mapping[str, Any]) -> None:
+        ident, created = value.get("id"), value.get("created")
+        self.ident = ident if isinstance(ident, str) else None
+        self.created = created if type(created) is int else None
+
     def _generated(self, value: dict[str, Any]) -> bytes:
         meta = value.get("meta_info")
         if not isinstance(meta, dict) or not _is_length(meta.get("finish_reason")):
@@ -132,7 +140,7 @@ class FirstToken:
             return self._held("finished")
         if not self._judge(choice.get("text")):
             return b""
-        self.ident, self.created = value.get("id"), value.get("created")
+        self._stamp(value)
         return _event({**value, "choices": [{**choice, "finish_reason": None}]})
 
     def _chatted(self, value: dict[str, Any], choice: dict[str, Any]) -> bytes:
@@ -142,12 +150,15 @@ class FirstToken:
         if delta.get("reasoning_content") or delta.get("tool_calls"):
             return self._held("parsed")
         if delta.get("role") and not delta.get("content"):
-            self._role = _event(value)
+            self._role = value
             return b""
         if not self._judge(delta.get("content")):
             return b""
-        self.ident, self.created = value.get("id"), value.get("created")
-        return self._role + _event(value)
+        self._stamp(value)
+        if self._role is None:
+            return _event(value)
+        same = {} if self.created is None else {"created": self.created}
+        return _event({**self._role, **same}) + _event(value)
 
 
 def _is_length(reason: object) -> bool:
@@ -172,7 +183,7 @@ class Rest:
     _logprob_dropped: bool = False
     _ids_dropped: bool = False
     _role_dropped: bool = False
-    _same_stamps: bool = True
+    _same_ident: bool = True
     _through: bool = False
 
     def __post_init__(self) -> None:
@@ -184,22 +195,29 @@ class Rest:
         Raises Mismatch when decode's text is not a continuation of what the client has.
         """
         if self._through and data != _DONE:
-            return b"data: " + data + b"\n\n"
+            return b"data: " + self._stamped(data) + b"\n\n"
         value = _object(data)
         if value is None:
             if data == _DONE and self.left:
                 raise Mismatch("decode's stream ended before its first token")
             return b"data: " + data + b"\n\n"
         out = self._strip(value)
-        self._through = not self.left and self._same_stamps and (self._role_dropped or self.api != CHAT)
+        self._through = not self.left and self._same_ident and (self._role_dropped or self.api != CHAT)
         return out
+
+    def _stamped(self, data: bytes) -> bytes:
+        """Return an event with our time stamp: chat has the time of each event in it."""
+        if self.created is None:
+            return data
+        return _CREATED.sub(b'"created":%d' % self.created, data, count=1)
 
     def _strip(self, value: dict[str, Any]) -> bytes:
         if self.api == GENERATE:
             return self._generated(value)
-        for key, ours in (("id", self.ident), ("created", self.created)):
-            if ours is not None and value.get(key, ours) != ours:
-                value[key], self._same_stamps = ours, False
+        if self.ident is not None and value.get("id", self.ident) != self.ident:
+            value["id"], self._same_ident = self.ident, False
+        if self.created is not None and "created" in value:
+            value["created"] = self.created
         choice = _choice(value)
         if choice is None or not (self.left or self._at_role(choice)):
             return _event(value)
@@ -217,7 +235,7 @@ class Rest:
             raise Mismatch("decode's first token is another one")
         self.left = ""
         if self.ident is not None and meta.get("id") != self.ident:
-            value["meta_info"], self._same_stamps = {**meta, "id": self.ident}, False
+            value["meta_info"], self._same_ident = {**meta, "id": self.ident}, False
         if text == self._text and meta.get("finish_reason") is None:
             return b""
         return _event(value)

@@ -63,11 +63,13 @@ def stream(
         )
     if api != "generate":
         events.append({**head, "choices": [], "usage": {"completion_tokens": len(told)}})
+    if api == "chat":  # stamped one by one, and the clock goes on
+        events = [event | {"created": created + i} for i, event in enumerate(events)]
     return [*(json.dumps(e).encode() for e in events), b"[DONE]"]
 
 
-def seen(api: str, events: list[bytes]) -> dict[str, Any]:
-    """Return what a client makes of a stream."""
+def seen(api: str, events: list[bytes]) -> tuple[dict[str, Any], set[Any]]:
+    """Return what a client makes of a stream, and the ids and time stamps of its events."""
     text, probs, finish, roles, usage, heads = "", [], None, 0, None, set()
     ids: list[int] = []
     prompts = 0
@@ -99,8 +101,7 @@ def seen(api: str, events: list[bytes]) -> dict[str, Any]:
         "finish": finish,
         "roles": roles,
         "usage": usage,
-        "heads": len(heads),
-    }
+    }, heads
 
 
 @settings(max_examples=300)
@@ -130,7 +131,20 @@ def test_the_client_sees_decodes_stream(
     assert first.text == tokens[0]
     after = Rest(api, first.text, first.ident, first.created)
     joined = SseParser().feed(early + b"".join(after.feed(event) for event in decode))
-    assert seen(api, joined) == seen(api, decode)
+    found, heads = seen(api, joined)
+    assert found == seen(api, decode)[0]
+    assert len(heads) == 1
+
+
+def test_what_a_model_writes_is_no_time_stamp() -> None:
+    """Only the event's own stamp is replaced."""
+    text = 'a{"created": 7}'
+    rest = Rest("chat", "a", "r", 5)
+    events = stream("chat", [["a"], [text]], ident="r", created=9, finish="stop", with_logprobs=False)
+    joined = SseParser().feed(b"".join(map(rest.feed, events)))
+    found, heads = seen("chat", joined)
+    assert found["text"] == text
+    assert heads == {("r", 5)}
 
 
 @pytest.mark.parametrize("api", APIS)
