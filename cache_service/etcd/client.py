@@ -78,7 +78,7 @@ class EtcdClient:
         keys_only: bool = False,
         count_only: bool = False,
     ) -> RangeResult:
-        """Return a range in one answer, in key order. Raises TooLarge past `max_message_bytes`: use `pages`."""
+        """Return a range in one answer, by key. Raises TooLarge past `max_message_bytes`: use `pages`."""
         request = codec.range_request(
             keys,
             limit=limit,
@@ -215,7 +215,7 @@ class EtcdClient:
         progress_s: float = 10.0,
         max_behind: int | None = None,
     ) -> Watcher:
-        """Return a watch of every event from `start_revision` on, none lost, none twice: iterate its `run`."""
+        """Return a watch of every event from a revision on, none lost, none twice: iterate its `run`."""
         return Watcher(
             self._connections,
             keys,
