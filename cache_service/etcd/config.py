@@ -19,14 +19,14 @@ class TlsPaths:
     """
 
     ca: str
-    certificate: str = ""
+    cert: str = ""
     key: str = ""
     server_name: str = ""
 
     def __post_init__(self) -> None:
-        if bool(self.certificate) != bool(self.key):
-            raise ConfigError("etcd.tls: certificate and key go together: give both or neither")
-        for name in ("ca", "certificate", "key"):
+        if bool(self.cert) != bool(self.key):
+            raise ConfigError("etcd.tls: cert and key go together: give both or neither")
+        for name in ("ca", "cert", "key"):
             path = getattr(self, name)
             if path and not Path(path).is_file():
                 raise ConfigError(f"etcd.tls.{name}: {path} is not a file")

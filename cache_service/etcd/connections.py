@@ -309,6 +309,6 @@ def _error(error: grpc.aio.AioRpcError, what: str) -> PrfaasError:
 
 
 def _credentials(tls: TlsPaths) -> grpc.ChannelCredentials:
-    certificate = Path(tls.certificate).read_bytes() if tls.certificate else None
+    certificate = Path(tls.cert).read_bytes() if tls.cert else None
     key = Path(tls.key).read_bytes() if tls.key else None
     return grpc.ssl_channel_credentials(Path(tls.ca).read_bytes(), key, certificate)

@@ -1,4 +1,4 @@
-"""Real etcd for tests: 1 or 3 members on free ports of this machine, and a TCP proxy that cuts connections."""
+"""Real etcd for tests: 1 or 3 members on free ports, and a TCP proxy that cuts connections."""
 
 from __future__ import annotations
 
@@ -56,16 +56,16 @@ class Member:
 
 @dataclass(frozen=True)
 class ServerTls:
-    """PEM files of the members for their clients; `client_auth` demands certificates of the same authority."""
+    """PEM files of the members; `client_auth` demands client certificates of the same authority."""
 
     ca: str
-    certificate: str
+    cert: str
     key: str
     client_auth: bool = False
 
 
 class EtcdCluster:
-    """Members with their data below `folder`; `start` them, and `close` in the end. Members are numbered from 0."""
+    """Members, numbered from 0, with their data below `folder`; `start` them, and `close` in the end."""
 
     def __init__(
         self,
@@ -148,6 +148,10 @@ class EtcdCluster:
             found: dict[str, Any] = json.load(answer)
             return found
 
+    def secure(self, tls: ServerTls) -> None:
+        """Let members that are started from now on talk TLS to clients."""
+        self._tls = tls
+
     def log(self, index: int) -> str:
         """Return the end of a member's log."""
         return (self.members[index].folder / "log").read_text(errors="replace")[-2000:]
@@ -190,15 +194,17 @@ class EtcdCluster:
     def _tls_arguments(self) -> list[str]:
         if self._tls is None:
             return []
-        files = [f"--cert-file={self._tls.certificate}", f"--key-file={self._tls.key}"]
-        return [*files, f"--trusted-ca-file={self._tls.ca}", "--client-cert-auth"] if self._tls.client_auth else files
+        files = [f"--cert-file={self._tls.cert}", f"--key-file={self._tls.key}"]
+        return (
+            [*files, f"--trusted-ca-file={self._tls.ca}", "--client-cert-auth"]
+            if self._tls.client_auth
+            else files
+        )
 
     @staticmethod
     def _get(member: Member, path: str) -> bytes:
         try:
-            with urllib.request.urlopen(
-                f"http://127.0.0.1:{member.metrics_port}{path}", timeout=2
-            ) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{member.metrics_port}{path}", timeout=2) as answer:
                 found: bytes = answer.read()
                 return found
         except (OSError, urllib.error.URLError):
@@ -206,13 +212,18 @@ class EtcdCluster:
 
 
 class CutProxy:
-    """Passes TCP on to one port; cuts every connection on request, or once after a number of bytes to clients."""
+    """Passes TCP on to one port; cuts every connection on request, or once after some bytes to clients.
+
+    While `refuses` is set, a new connection is reset at once; while `swallows` is, nothing reaches a client.
+    """
 
     def __init__(self, target_port: int) -> None:
         self._target_port = target_port
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._cut_after: int | None = None
+        self.refuses = False
+        self.swallows = False
         self.cuts = 0
         self.passed_bytes = 0
 
@@ -244,6 +255,9 @@ class CutProxy:
         self.cut()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.refuses:
+            writer.transport.abort()
+            return
         try:
             up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
         except OSError:
@@ -260,7 +274,9 @@ class CutProxy:
             for each in both:
                 each.transport.abort()
 
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, counts: bool) -> None:
+    async def _pass(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, counts: bool
+    ) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(16384):
                 if counts:
@@ -269,6 +285,8 @@ class CutProxy:
                         self._cut_after = None
                         self.cut()
                         return
+                    if self.swallows:
+                        continue
                 writer.write(data)
                 await writer.drain()
         writer.transport.abort()

@@ -115,11 +115,14 @@ _TEXTS: dict[str, type[PrfaasError]] = {
     "user name not found": AuthFailed,
     "revision of auth store is old": TokenRejected,
     "too many requests": EtcdUnavailable,
+    "no leader": EtcdUnavailable,
 }
 _CODES: dict[str, type[PrfaasError]] = {
     "UNAVAILABLE": EtcdUnavailable,
     "DEADLINE_EXCEEDED": EtcdDeadline,
     "CANCELLED": EtcdUnavailable,
+    # gRPC's own, for a stream that was reset; etcd does not use it.
+    "INTERNAL": EtcdUnavailable,
     "UNAUTHENTICATED": AuthFailed,
     "PERMISSION_DENIED": PermissionDenied,
     # What is left of it after etcd's own texts is gRPC's limit on a message.
@@ -133,6 +136,13 @@ _CODES: dict[str, type[PrfaasError]] = {
 def stem(details: str) -> str:
     """Return etcd's text without its prefix."""
     return details.removeprefix(_PREFIX)
+
+
+def canceled(reason: str, *, what: str) -> PrfaasError:
+    """Return the error for the reason that a canceled watch gives: a gRPC error written out, or a text."""
+    text = reason.rpartition("desc = ")[2]
+    kind: Callable[[str], PrfaasError] = _TEXTS.get(stem(text), RemoteProtocolError)
+    return kind(f"etcd {what}: canceled by the server: {reason or 'no reason given'}")
 
 
 def translate(code: str, details: str, *, what: str) -> PrfaasError:

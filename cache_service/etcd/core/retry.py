@@ -37,7 +37,8 @@ class Verdict(Enum):
     AMBIGUOUS = "ambiguous"  # fail, and say that the call may have been carried out
 
 
-_LOST = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"})
+#: INTERNAL is gRPC's for a stream that was reset; etcd does not use it.
+_LOST = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "INTERNAL"})
 #: The request was refused before it was proposed.
 _NOT_DONE_TEXTS = frozenset({"too many requests", "no leader", "not capable"})
 #: gRPC's words for a connection that was never made.

@@ -8,7 +8,7 @@ The facts this rests on (etcd 3.4 to 3.6, measured on 3.5.16):
   cut.
 * A watch from a compacted revision is answered by `created`, then by `canceled` with `compact_revision`; the
   stream stays open and silent.
-* A refusal (permissions) is `canceled` with a reason, in the `created` answer.
+* A refusal (permissions, login) is `canceled` with a reason, in the `created` answer.
 
     OPENING --created--> OPEN --cut--> OPENING ...
        |                  |
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from cache_service.core.errors import LocalProtocolError, RemoteProtocolError
-from cache_service.etcd.core.errors import TOKEN_TEXTS, Compacted, PermissionDenied, TokenRejected
+from cache_service.etcd.core.errors import Compacted, EtcdUnavailable, TokenRejected, canceled
 from cache_service.etcd.core.model import Changes, Event, Progress
 
 
@@ -82,13 +82,15 @@ class WatchState:
         """Take an answer in and return what to hand on.
 
         `progress_sound` says that answers to progress requests may be believed (retry.progress_is_sound).
-        Raises Compacted, PermissionDenied or RemoteProtocolError; the watch has then ended.
+        Raises Compacted, PermissionDenied, AuthFailed or RemoteProtocolError, which end the watch, and
+        TokenRejected or EtcdUnavailable, after which it is to be opened again.
         """
         if self.state is State.ENDED:
             raise LocalProtocolError("watch: it has ended")
         if answer.canceled:
             error = self._cancellation(answer)
-            self.state = State.OPENING if isinstance(error, TokenRejected) else State.ENDED
+            cured = isinstance(error, TokenRejected | EtcdUnavailable)
+            self.state = State.OPENING if cured else State.ENDED
             raise error
         if answer.created:
             self.state = State.OPEN
@@ -140,10 +142,4 @@ class WatchState:
                 f"etcd watch: revision {self._next} is compacted, the oldest is {answer.compact_revision}",
                 compact_revision=answer.compact_revision,
             )
-        if any(text in answer.reason for text in TOKEN_TEXTS):
-            return TokenRejected(f"etcd watch: {answer.reason}")
-        if "permission denied" in answer.reason:
-            return PermissionDenied(f"etcd watch: {answer.reason}")
-        return RemoteProtocolError(
-            f"etcd watch: canceled by the server: {answer.reason or 'no reason given'}"
-        )
+        return canceled(answer.reason, what="watch")

@@ -1,8 +1,8 @@
 """The PyPI package `etcd3` as an independent opinion on what is in etcd.
 
-Its generated code does not load on a current protobuf. So its message classes are made anew from the schema that
-the package itself carries (the serialized descriptors in its `*_pb2.py`), in a descriptor pool of their own, and put
-where the package looks for them. Nothing of our schema takes part.
+Its generated code does not load on a current protobuf. So its message classes are made anew from the schema
+that the package itself carries (the serialized descriptors in its `*_pb2.py`), in a descriptor pool of their
+own, and put where the package looks for them. Nothing of our schema takes part.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def load() -> Any:
     if "etcd3" in sys.modules:
         return sys.modules["etcd3"]
     spec = importlib.util.find_spec("etcd3")
-    assert spec is not None and spec.origin is not None, "the oracle is in the dev extra: etcd3==0.12.0"
+    assert spec is not None, "the oracle is in the dev extra: etcd3==0.12.0"
+    assert spec.origin is not None
     folder = Path(spec.origin).parent / "etcdrpc"
     pool = descriptor_pool.DescriptorPool()
     messages = ModuleType("etcd3.etcdrpc.rpc_pb2")

@@ -1,4 +1,4 @@
-"""What our client writes another client reads, and the other way round: the PyPI package etcd3 as the other."""
+"""What our client writes another reads, and the other way round: the PyPI package etcd3."""
 
 from __future__ import annotations
 

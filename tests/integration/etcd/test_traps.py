@@ -37,7 +37,7 @@ async def test_server_refuses_what_we_would_not_send(shared_etcd: EtcdCluster, p
 
 
 async def test_128_operations(client: EtcdClient, prefix: bytes) -> None:
-    """128 operations are taken, 129 are refused here; `apply` cuts, and a key put twice is no trouble for it."""
+    """128 operations are taken, 129 are refused here; `apply` cuts, also where a key is put twice."""
     ops = [t.Put(prefix + b"%d" % i, b"") for i in range(129)]
     with pytest.raises(TooLarge, match="129 operations"):
         await client.txn(t.Txn().then(*ops))
@@ -71,7 +71,7 @@ async def test_guard_stops_the_rest(client: EtcdClient, prefix: bytes) -> None:
 
 
 async def test_large_range_in_pages_of_one_revision(shared_etcd: EtcdCluster, prefix: bytes) -> None:
-    """30,000 keys: in one answer too large for a message, in pages all there, though others write meanwhile."""
+    """30,000 keys: too large for one message, in pages all there, though others write meanwhile."""
     config = EtcdConfig(shared_etcd.endpoints, max_message_bytes=4 << 20, page_bytes=1 << 20)
     async with EtcdClient(config) as client:
         await fill(client, prefix, 30_000, value=bytes(150))
@@ -155,7 +155,9 @@ async def test_far_behind(client: EtcdClient, prefix: bytes) -> None:
 async def test_one_revision_of_20000_deletes_in_fragments(shared_etcd: EtcdCluster, prefix: bytes) -> None:
     """Revoking a lease of 20,000 long keys is one revision of megabytes: it arrives whole, in one piece."""
     long = prefix + b"x" * 200
-    async with EtcdClient(EtcdConfig(shared_etcd.endpoints, max_message_bytes=4 << 20, page_bytes=1 << 20)) as client:
+    async with EtcdClient(
+        EtcdConfig(shared_etcd.endpoints, max_message_bytes=4 << 20, page_bytes=1 << 20)
+    ) as client:
         lease = await client.grant(600)
         last = await fill(client, long, 20_000, lease=lease.lease)
         watcher = client.watch(KeyRange.prefix(prefix), last + 1)
@@ -190,8 +192,7 @@ async def test_quota(make_cluster: MakeCluster) -> None:
         kept = await client.lease(60)
         await client.put(b"keep", b"1", lease=kept.id)
         with pytest.raises(NoSpace):
-            for i in range(100):
-                await client.put(b"big%d" % (i % 3), bytes(500_000))
+            await asyncio.gather(*(client.put(b"big%d" % (i % 3), bytes(500_000)) for i in range(60)))
         with pytest.raises(NoSpace):
             await client.grant(60)
         with pytest.raises(NoSpace):
