@@ -159,7 +159,7 @@ class Connections:
         found: list[tuple[str, str]] = [("hasleader", "true")] if leader else []
         if self.config.user:
             if not self._token:
-                await self.renew_token("")
+                await self._login()
             found.append(("token", self._token))
         return tuple(found)
 
@@ -168,10 +168,14 @@ class Connections:
         """The login token in use; never to be logged."""
         return self._token
 
-    async def renew_token(self, rejected: str) -> None:
-        """Log in unless somebody did since `rejected` was in use. Raises AuthFailed, EtcdUnavailable."""
+    def drop_token(self, rejected: str) -> None:
+        """Forget a token that was rejected, unless there is a newer one: the next call logs in."""
+        if self._token == rejected:
+            self._token = ""
+
+    async def _login(self) -> None:
         async with self._token_lock:
-            if self._token != rejected:
+            if self._token:
                 return
             request = pb.AuthenticateRequest(name=self.config.user, password=self.config.password)
             answer = await _Call(self, rpc.AUTHENTICATE, None, None, None, None, login=True).run(request)
@@ -237,7 +241,7 @@ class _Call(Generic[Response]):
         last: grpc.aio.AioRpcError | None = None
         while (left_s := deadline_s - connections.now_s()) > 0:
             address = self._endpoint or connections.choose(self._tried)
-            metadata = () if self._login else await connections.metadata(leader=self._leader)
+            metadata = await self._metadata(left_s)
             token = connections.token
             try:
                 response = await self._attempt(address, request, metadata, left_s)
@@ -248,6 +252,15 @@ class _Call(Generic[Response]):
             connections.answered(address)
             return response
         raise self._give_up(last)
+
+    async def _metadata(self, left_s: float) -> tuple[tuple[str, str], ...]:
+        if self._login:
+            return ()
+        try:
+            async with asyncio.timeout(left_s):
+                return await self._connections.metadata(leader=self._leader)
+        except TimeoutError:
+            raise EtcdDeadline(f"etcd {self._method.name}: no login within {left_s:.1f} s") from None
 
     async def _attempt(
         self, address: str, request: Message, metadata: tuple[tuple[str, str], ...], left_s: float
@@ -269,7 +282,7 @@ class _Call(Generic[Response]):
         verdict = judge(self._repeat, code, details)
         if verdict is Verdict.RENEW_TOKEN and self._can_renew():
             self._renewals += 1
-            await self._connections.renew_token(token)
+            self._connections.drop_token(token)
             return
         if verdict in (Verdict.FAIL, Verdict.RENEW_TOKEN):
             raise self._error(error)

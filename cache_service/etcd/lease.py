@@ -127,15 +127,19 @@ class LeaseKeeper:
         avoid: frozenset[str] = frozenset()
         while self._leases:
             stream: Stream[pb.LeaseKeepAliveResponse] | None = None
+            token = ""
             try:
                 stream = await self._connections.open(rpc.LEASE_KEEP_ALIVE, avoid=avoid)
+                token = self._connections.token
                 failures = await self._serve(stream, failures)
             except TokenRejected:
                 failures += 1
-                await self._renew_token()
+                self._connections.drop_token(token)
             except PrfaasError as error:
                 failures += 1
-                if stream is not None:
+                if stream is None:
+                    logs.event(log, "etcd_login_failed", logging.WARNING, error=str(error))
+                else:
                     avoid = frozenset({stream.address})
                     self._connections.failed(stream.address, str(error))
             finally:
@@ -146,12 +150,6 @@ class LeaseKeeper:
                 lease.clock.cut()
             if failures:
                 await asyncio.sleep(backoff_s(failures, most_s=1.0) if failures > 1 else 0)
-
-    async def _renew_token(self) -> None:
-        try:
-            await self._connections.renew_token(self._connections.token)
-        except PrfaasError as error:
-            logs.event(log, "etcd_login_failed", logging.WARNING, error=str(error))
 
     async def _serve(self, stream: Stream[pb.LeaseKeepAliveResponse], failures: int) -> int:
         """Ask and take answers while there are leases. Returns the failures to go on counting from."""

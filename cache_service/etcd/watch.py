@@ -75,9 +75,10 @@ class Watcher:
         avoid: frozenset[str] = frozenset()
         while True:
             stream: Stream[pb.WatchResponse] | None = None
-            token = self._connections.token
+            known = token = self._connections.token
             try:
                 stream = await self._connections.open(rpc.WATCH, avoid=avoid)
+                token = self._connections.token
                 await self._create(stream)
                 async with aclosing(self._serve(stream)) as answers:
                     async for answer in answers:
@@ -90,14 +91,14 @@ class Watcher:
                 if self._failures > 3:
                     raise
                 self._state.reopen()
-                await self._connections.renew_token(self._connections.token)
+                self._connections.drop_token(token)
             except PermissionDenied:
                 # Some releases say so of a token that ran out; one that was new has been refused for good.
-                if not self._connections.config.user or self._connections.token != token or self._failures:
+                if not self._connections.config.user or token != known or self._failures:
                     raise
                 self._failures += 1
-                await self._connections.renew_token(token)
                 self._state.reopen()
+                self._connections.drop_token(token)
             finally:
                 if stream is not None:
                     await stream.close()
