@@ -123,7 +123,7 @@ class EtcdClient:
         message = await self._connections.call(rpc.DELETE_RANGE, codec.delete_request(keys))
         return message.deleted
 
-    async def txn(self, txn: t.Txn, *, repeat: Repeat = Repeat.ONCE) -> t.TxnResult:
+    async def txn(self, txn: t.Txn, *, repeat: Repeat = rpc.TXN.repeat) -> t.TxnResult:
         """Carry out a transaction. Raises Ambiguous when cut off: it was carried out once, or not at all.
 
         `repeat` may be widened for one whose repetition does no harm: only reads, or puts without a compare.
@@ -133,7 +133,7 @@ class EtcdClient:
         return codec.txn_result(message)
 
     async def apply(
-        self, ops: Iterable[t.Op], *, guard: Sequence[t.Compare] = (), repeat: Repeat = Repeat.ONCE
+        self, ops: Iterable[t.Op], *, guard: Sequence[t.Compare] = (), repeat: Repeat = rpc.TXN.repeat
     ) -> list[t.TxnResult]:
         """Carry out any number of operations as transactions one after the other, each under the whole guard.
 

@@ -66,7 +66,7 @@ async def test_cut_in_the_middle_of_one_revision(
     last = await fill(client, long, 20_000, lease=lease.lease)
     await client.revoke(lease.lease)
     watcher = cut_client.watch(KeyRange.prefix(prefix), last + 1)
-    proxy.cut_after(2_000_000)
+    proxy.cut_after(4_000_000)
     taken = await take_until(watcher.run(), lambda items: bool(events_of(items)))
     keys = [e.kv.key for e in events_of(taken)]
     assert len(keys) == len(set(keys)) == 20_000
