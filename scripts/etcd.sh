@@ -54,8 +54,8 @@ from_debian() {
   mirror=$(
     . /etc/os-release
     [ "$ID" = debian ] || exit 0
-    apt-get indextargets --format '$(REPO_URI) $(RELEASE)' 'Created-By: Packages' |
-      awk -v suite="$VERSION_CODENAME" '$2 == suite { print $1; exit }'
+    apt-get update --print-uris 2>/dev/null |
+      sed -n "s#^'\(.*/\)dists/$VERSION_CODENAME/InRelease'.*#\1#p" | head -1
   )
   [ -n "$mirror" ] || return 1
   mkdir -p "$work"/lists/partial "$work"/archives/partial "$work"/parts "$work"/unpacked

@@ -36,6 +36,8 @@ from cache_service.etcd.watch import Watcher, follow
 
 __all__ = ["EtcdClient"]
 
+#: How many times the usual time a page may take: megabytes over a wide-area link.
+PAGE_PATIENCE = 4
 #: Defragmenting rewrites the member's database, at some 100 MB/s.
 DEFRAGMENT_S = 120.0
 
@@ -91,13 +93,16 @@ class EtcdClient:
         return codec.range_result(await self._connections.call(rpc.RANGE, request, leader=leader))
 
     async def pages(self, keys: KeyRange, *, revision: int = 0) -> AsyncGenerator[Page, None]:
-        """Yield a range of any size in pages of one revision. Raises Compacted if that goes meanwhile."""
+        """Yield a range of any size in pages of one revision. Raises Compacted if that goes meanwhile.
+
+        Each page may take PAGE_PATIENCE times as long as another call.
+        """
         plan = PagePlan(keys, page_bytes=self._config.page_bytes, page_keys=self._config.page_keys)
         first = True
         while plan.rest is not None:
             request = codec.range_request(plan.rest, limit=plan.limit, revision=revision)
             try:
-                message = await self._connections.call(rpc.RANGE, request)
+                message = await self._connections.call(rpc.RANGE, request, patience=PAGE_PATIENCE)
             except TooLarge:
                 plan.refused()
                 continue

@@ -109,13 +109,16 @@ class Connections:
         endpoint: str | None = None,
         repeat: Repeat | None = None,
         leader: bool | None = None,
+        patience: int = 1,
     ) -> Response:
         """Call an RPC, on `endpoint` or on any, repeating what may be repeated until `timeout_s` is over.
+
+        `patience` multiplies the configured time of an attempt and, unless `timeout_s` is given, of the call.
 
         Raises an error of core/errors.py; its context says how many attempts were `unsure`: cut off, but
         perhaps carried out.
         """
-        return await _Call(self, method, timeout_s, endpoint, repeat, leader).run(request)
+        return await _Call(self, method, timeout_s, endpoint, repeat, leader, patience=patience).run(request)
 
     async def open(
         self, method: Method[Response], *, avoid: frozenset[str] = frozenset()
@@ -221,11 +224,13 @@ class _Call(Generic[Response]):
         repeat: Repeat | None,
         leader: bool | None,
         *,
+        patience: int = 1,
         login: bool = False,
     ) -> None:
         self._connections = connections
         self._method = method
-        self._timeout_s = connections.config.timeout_s if timeout_s is None else timeout_s
+        self._timeout_s = connections.config.timeout_s * patience if timeout_s is None else timeout_s
+        self._attempt_s = connections.config.attempt_s * patience
         self._endpoint = endpoint
         self._repeat = repeat or method.repeat
         self._leader = method.leader if leader is None else leader
@@ -267,7 +272,7 @@ class _Call(Generic[Response]):
     ) -> Response:
         # What may not be repeated gets all the time there is.
         once = self._repeat is Repeat.ONCE or self._endpoint is not None
-        timeout_s = left_s if once else min(left_s, self._connections.config.attempt_s)
+        timeout_s = left_s if once else min(left_s, self._attempt_s)
         call = self._connections.channel(address).unary_unary(
             self._method.path,
             request_serializer=lambda message: message.SerializeToString(),

@@ -137,9 +137,24 @@ class Watcher:
             raise FarBehind(
                 f"etcd watch: {behind} revisions behind, more than {self._max_behind}: list again"
             )
+        if self._state.newest < self.next_revision - 1:
+            await self._check_history()
         if address not in self._sound:
             status = await self._connections.call(rpc.STATUS, pb.StatusRequest(), endpoint=address)
             self._sound[address] = progress_is_sound(parse_version(status.version))
+
+    async def _check_history(self) -> None:
+        """Raise Compacted when the store is older than what was seen of it: wiped, or restored from a backup.
+
+        A member may lag; a linearizable read does not. Without this the watch would wait in silence until the
+        store's revision passes the old one, and miss what happens until then.
+        """
+        request = codec.range_request(KeyRange.one(self._keys.start), count_only=True)
+        newest = (await self._connections.call(rpc.RANGE, request)).header.revision
+        if newest < self.next_revision - 1:
+            raise Compacted(
+                f"etcd watch: at revision {self.next_revision}, but the store is at {newest}: list again"
+            )
 
     def _lost(self, stream: Stream[pb.WatchResponse] | None, error: PrfaasError) -> frozenset[str]:
         self._state.cut()

@@ -117,6 +117,10 @@ class EtcdCluster:
         self._launch(index)
         self.wait_healthy([index])
 
+    def wipe(self, index: int) -> None:
+        """Delete a killed member's data."""
+        shutil.rmtree(self.members[index].folder / "data")
+
     def leader(self) -> int:
         """Return the number of the leader; wait for one to be elected."""
         deadline = time.monotonic() + HEALTHY_S

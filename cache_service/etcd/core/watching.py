@@ -61,6 +61,8 @@ class WatchState:
         self.duplicates = 0
         #: By how many revisions the store was ahead when the stream was opened.
         self.behind = 0
+        #: The member's newest revision when the stream was opened.
+        self.newest = 0
 
     @property
     def next_revision(self) -> int:
@@ -94,6 +96,7 @@ class WatchState:
             raise error
         if answer.created:
             self.state = State.OPEN
+            self.newest = answer.revision
             self.behind = max(answer.revision + 1 - self._next, 0)
             return None
         if self.state is State.OPENING:

@@ -160,7 +160,7 @@ async def test_certificates(make_cluster: MakeCluster, tmp_path: Path) -> None:
         TlsPaths(ours.ca, ours.cert, ours.key, server_name="else"),  # the member is somebody else
         None,  # no TLS
     ):
-        async with EtcdClient(EtcdConfig(cluster.endpoints, tls=refused, timeout_s=1.0)) as client:
+        async with EtcdClient(EtcdConfig(cluster.endpoints, tls=refused, timeout_s=0.5)) as client:
             with pytest.raises(Unavailable):
                 await client.get(b"/s/a/k")
 

@@ -9,7 +9,7 @@ import pytest
 from cache_service.core.errors import DeadlineExceeded, Unavailable
 from cache_service.etcd.client import EtcdClient
 from cache_service.etcd.config import EtcdConfig
-from cache_service.etcd.core.model import KeyRange
+from cache_service.etcd.core.model import KeyRange, Page
 from tests.integration.etcd.conftest import MakeCluster
 from tests.integration.etcd.support import events_of, take_until
 
@@ -157,6 +157,34 @@ async def test_no_majority(make_cluster: MakeCluster) -> None:
         if events[-1].kv.mod_revision < revision:
             assert events[-1].kv.value == b"new"
         assert events[0].kv.mod_revision > kept.mod_revision
+
+
+async def test_a_store_that_was_wiped(make_cluster: MakeCluster) -> None:
+    """etcd comes back empty, its revisions starting over: a follower lists again, it does not wait."""
+    cluster = make_cluster()
+    async with EtcdClient(EtcdConfig(cluster.endpoints)) as client:
+        for i in range(50):
+            await client.put(b"/w/%d" % i, b"")
+        run = client.follow(EVERY, progress_s=0.5)
+        first = await anext(run)
+        assert isinstance(first, Page)
+        assert len(first.kvs) == 50
+        following = asyncio.create_task(
+            take_until(run, lambda items: isinstance(items[-1], Page) and items[-1].first)
+        )
+        cluster.kill(0)
+        cluster.wipe(0)
+        await asyncio.to_thread(cluster.restart, 0)
+        page = (await following)[-1]
+        assert isinstance(page, Page)
+        assert page.revision < first.revision
+        await client.put(b"/w/new", b"")
+        keys = {kv.key for kv in page.kvs}
+        again = client.follow(EVERY)
+        listed = await anext(again)
+        assert isinstance(listed, Page)
+        assert keys <= {kv.key for kv in listed.kvs} == {b"/w/new"}
+        await again.aclose()
 
 
 async def test_nobody_is_there() -> None:
