@@ -31,6 +31,8 @@ from cache_service.etcd.core.watching import State, WatchState
 
 log = logging.getLogger(__name__)
 
+#: New tokens that may be rejected one after the other.
+_MAX_REJECTIONS = 3
 _Pages = Callable[[], AsyncGenerator[Page, None]]
 
 
@@ -62,6 +64,7 @@ class Watcher:
         self._state = WatchState(start_revision)
         self._sound: dict[str, bool] = {}
         self._failures = 0
+        self._rejections = 0
         #: How often the stream was lost and opened again.
         self.resumes = 0
 
@@ -87,16 +90,16 @@ class Watcher:
                 avoid = self._lost(stream, error)
                 await asyncio.sleep(backoff_s(self._failures) if self._failures > 1 else 0)
             except TokenRejected:
-                self._failures += 1
-                if self._failures > 3:
+                self._rejections += 1
+                if self._rejections > _MAX_REJECTIONS:
                     raise
                 self._state.reopen()
                 self._connections.drop_token(token)
             except PermissionDenied:
                 # Some releases say so of a token that ran out; one that was new has been refused for good.
-                if not self._connections.config.user or token != known or self._failures:
+                if not self._connections.config.user or token != known or self._rejections:
                     raise
-                self._failures += 1
+                self._rejections += 1
                 self._state.reopen()
                 self._connections.drop_token(token)
             finally:
@@ -115,6 +118,9 @@ class Watcher:
             found = self._state.take(codec.watch_answer(message), progress_sound=sound)
             if opening:
                 await self._opened(stream.address)
+            else:
+                # Not at its opening: a stream that is cut right after must not be opened without a pause.
+                self._failures = self._rejections = 0
             if found is not None:
                 yield found
 
@@ -130,7 +136,6 @@ class Watcher:
         return message
 
     async def _opened(self, address: str) -> None:
-        self._failures = 0
         self._connections.answered(address)
         behind = self._state.behind
         if self._max_behind is not None and behind > self._max_behind:
