@@ -19,40 +19,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Protocol
 
 from cache_service.core import delta
 from cache_service.core.delta import Change
 from cache_service.core.errors import LocalProtocolError
 from cache_service.core.index import PrefixIndex
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class LogPosition:
-    """A place in a log: `seq` 0 is the start of the epoch, before its first segment."""
-
-    epoch: int
-    seq: int
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """The changes after position `seq - 1`."""
-
-    position: LogPosition
-    payload: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """Everything up to and including `position`; a reader forgets what it had. b"" says nothing is there."""
-
-    position: LogPosition
-    payload: bytes
-
-
-LogEntry = Segment | Snapshot
+from cache_service.core.log import LogEntry, LogPosition, Segment, Snapshot
 
 
 class DeltaLog(Protocol):
