@@ -26,6 +26,8 @@ from cache_service.core.ids import SiteId
 from cache_service.http import HttpSide
 from cache_service.ingest import SourceStream
 from cache_service.metrics import IndexMetrics
+from cache_service.replication.over_etcd import EtcdReplication
+from cache_service.replication.publisher import Publisher
 from cache_service.state import IndexState, UnknownNamespace
 from cache_service.store import DeltaLog, InProcessLog
 from cache_service.wire import cache_pb2_grpc, codec
@@ -83,6 +85,8 @@ class CacheServer:
         self.state = IndexState(
             config.key(), config.sites(), log_store or InProcessLog(), IndexMetrics(self._registry)
         )
+        self.replication: EtcdReplication | None = None
+        self._publisher: Publisher | None = None
         self._streams: list[SourceStream] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: grpc.aio.Server | None = None
@@ -107,6 +111,7 @@ class CacheServer:
             stream = SourceStream(self._context, worker, self._config.ingest, self.state)
             self._streams.append(stream)
             self._spawn(stream.run(), f"stream {worker.worker_id}/{worker.dp_rank}")
+        self._replicate()
         self._spawn(self._flush_log(), "delta log")
         await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -121,8 +126,23 @@ class CacheServer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.state.writer.close()
+        if self.replication is not None:
+            await self.replication.close()
         if self._context is not None:
             self._context.destroy(linger=0)
+
+    def _replicate(self) -> None:
+        """Publish this site's changes and follow the other sites, if configured."""
+        config, site = self._config.replication, SiteId(self._config.site)
+        if config is None or config.etcd is None:
+            return
+        self.replication = EtcdReplication(config.etcd, config, self.state.namespace, site)
+        policy = config.publish.policy(self.state.namespace.page_size)
+        self._publisher = Publisher(self.replication.log, policy, may_write=self.replication.may_write)
+        self.state.attach(self._publisher, site)
+        for name, work in self.replication.work(self.state.indexes, self.state.claims).items():
+            self._spawn(work, name)
 
     def _grpc_server(self) -> grpc.aio.Server:
         server = grpc.aio.server(options=_OPTIONS)
@@ -160,6 +180,7 @@ class CacheServer:
         """Return the body of GET /health: serving, and the stream states by worker."""
         return {
             "status": "ok",
+            **({"replication": self.replication.report()} if self.replication else {}),
             "site": self._config.site,
             "revision": self.state.index.revision,
             "sources": [
@@ -176,7 +197,10 @@ class CacheServer:
     async def _flush_log(self) -> None:
         while True:
             try:
-                await self.state.writer.flush()
+                if self._publisher is not None:
+                    await self._publisher.flush(asyncio.get_running_loop().time())
+                else:
+                    await self.state.writer.flush()
             except PrfaasError:
                 logs.event(log, "delta_log_failed", logging.WARNING, exc_info=True)
             await asyncio.sleep(self._config.log_flush_s)
