@@ -140,6 +140,7 @@ class CacheServer:
         self.replication = EtcdReplication(config.etcd, config, self.state.namespace, site)
         policy = config.publish.policy(self.state.namespace.page_size)
         self._publisher = Publisher(self.replication.log, policy, may_write=self.replication.may_write)
+        self.replication.on_log_lost = self._publisher.writer.start_over
         self.state.attach(self._publisher, site)
         for name, work in self.replication.work(self.state.indexes, self.state.claims).items():
             self._spawn(work, name)

@@ -155,7 +155,7 @@ class LogWriter:
         """Note a change that the index has taken."""
         self._pending_blocks += 1 + len(getattr(change[1], "hashes", ()))
         if self._pending_blocks > self._max_pending_blocks:
-            self._start_over()
+            self.start_over()
         if self._epoch is not None:
             self._pending.append(change)
 
@@ -174,7 +174,7 @@ class LogWriter:
             elif self._pending:
                 await self._append(self._epoch)
         except BaseException:
-            self._start_over()
+            self.start_over()
             raise
 
     async def settled(self) -> None:
@@ -223,7 +223,8 @@ class LogWriter:
         self.log_bytes -= log_bytes
         self.log_segments -= log_segments
 
-    def _start_over(self) -> None:
+    def start_over(self) -> None:
+        """Let the next flush begin a new epoch with all there is: the log is gone, or what waits too long."""
         self._epoch = None
         self._pending, self._pending_blocks = [], 0
 

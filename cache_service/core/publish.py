@@ -2,8 +2,9 @@
 
 Decides which changes are published. Published are **anchors**, every `stride`-th block of a chain: an anchor
 says that its holder has the whole run of `stride` blocks up to it, so a claim is never more than what is
-held, and at most `stride - 1` blocks less. A chain's anchors are published once it is `min_blocks` long
-(long enough for a prefill elsewhere to pay) or one of them was seen `min_seen` times: stored again, or asked
+held, and at most `stride - 1` blocks less. A block below an unknown one has no place in a chain yet: it
+waits, unless every block is an anchor (stride 1). A chain's anchors are published once it is `min_blocks`
+long (enough for a prefill elsewhere to pay) or one of them was seen `min_seen` times: stored again, or asked
 for by a request. An ancestor of what is published is published too. What is published is always taken back.
 
 Groups (linear state, window) go the same way, for anchors that are published: "state" is held at the anchor
@@ -224,7 +225,7 @@ class PublishFilter:
             while waiting:
                 block = waiting.pop()
                 node = self._nodes.get(block)
-                if node is None or block in seen or not node.depth:
+                if node is None or block in seen or not (node.depth or stride == 1):
                     continue
                 seen.add(block)
                 if node.depth % stride == 0:

@@ -26,7 +26,7 @@ from cache_service.etcd.client import EtcdClient
 from cache_service.etcd.core import txn as t
 from cache_service.etcd.core.errors import LeaseNotFound, NoSpace
 from cache_service.etcd.core.model import Changes, EventKind, KeyRange, KeyValue, Page, RangeResult
-from cache_service.etcd.core.retry import backoff_s
+from cache_service.etcd.core.retry import Repeat, backoff_s
 from cache_service.etcd.lease import Lease
 from cache_service.replication.core.layout import Head, LogKeys, decode_epoch, encode_epoch, frames
 from cache_service.replication.core.reading import LogReader
@@ -58,7 +58,7 @@ class EtcdLog:
         max_behind: int = 10_000,
     ) -> None:
         self._etcd = etcd
-        self._keys = LogKeys(namespace, site)
+        self.keys = LogKeys(namespace, site)
         self._writer = writer or secrets.token_hex(8)
         self._data_lease_s = data_lease_s
         self._guard = guard
@@ -67,44 +67,58 @@ class EtcdLog:
         self._lease: Lease | None = None
         self._end = LogPosition(0, 0)
         self._base = LogPosition(0, 0)
+        self._head = b""
         #: Why the last attempt to write failed, "" when it did not.
         self.trouble = ""
         #: Called whenever a reader heard from etcd, be it that nothing is new.
         self.on_heard: Callable[[], None] = lambda: None
 
+    @property
+    def end(self) -> LogPosition:
+        """The last position this writer has written."""
+        return self._end
+
     async def begin(self) -> LogPosition:
         """Start a new writer's life: one transaction empties the log and fences every earlier writer."""
         lease = await self._data_lease()
-        known = await self._etcd.get(self._keys.epoch)
+        known = await self._etcd.get(self.keys.epoch)
         while True:
             epoch = _next_epoch(known)
             mine = encode_epoch(epoch, self._writer)
             result = await self._write(
                 t.Txn()
-                .when(t.mod_revision(self._keys.epoch, "=", known.mod_revision if known else 0))
+                .when(t.mod_revision(self.keys.epoch, "=", known.mod_revision if known else 0))
                 .when(*self._guard())
                 .then(
-                    t.Put(self._keys.epoch, mine),
-                    t.Delete(KeyRange.prefix(self._keys.log)),
-                    t.Delete(KeyRange.prefix(self._keys.snapshots)),
-                    t.Put(self._keys.head, Head(epoch, 0, 0).encode(), lease),
+                    t.Put(self.keys.epoch, mine),
+                    t.Delete(KeyRange.prefix(self.keys.log)),
+                    t.Delete(KeyRange.prefix(self.keys.snapshots)),
+                    t.Put(self.keys.head, Head(epoch, 0, 0).encode(), lease),
                 )
-                .otherwise(t.Get(KeyRange.one(self._keys.epoch)))
+                .otherwise(t.Get(KeyRange.one(self.keys.epoch)))
             )
             found = None if result.succeeded else _only(result.results[0])
             if result.succeeded or (found is not None and found.value == mine):
                 self._base = self._end = LogPosition(epoch, 0)
+                self._head = Head(epoch, 0, 0).encode()
                 return self._end
             if found == known:
-                raise LocalProtocolError(f"{self._keys.prefix!r}: not this site's writer", reason="fenced")
+                raise LocalProtocolError(f"{self.keys.prefix!r}: not this site's writer", reason="fenced")
             known = found
+
+    async def intact(self) -> bool:
+        """Say whether what this writer wrote is still there; True before it began."""
+        if self._end.epoch == 0:
+            return True
+        head = await self._etcd.get(self.keys.head)
+        return head is not None and head.value == self._head
 
     async def append(self, epoch: int, payload: bytes) -> LogPosition:
         """Add a segment; waits while etcd is away."""
         self._fence(epoch)
         at = LogPosition(epoch, self._end.seq + 1)
         for part, value in enumerate(frames(payload)):
-            await self._put_new(epoch, self._keys.segment(epoch, at.seq, part), value)
+            await self._put_new(epoch, self.keys.segment(epoch, at.seq, part), value)
         self._fence(epoch)
         self._end = at
         return at
@@ -114,30 +128,36 @@ class EtcdLog:
         self._fence(at.epoch)
         if not self._base <= at <= self._end:
             raise LocalProtocolError(f"snapshot at {at}, but the log ends at {self._end}", reason="position")
-        prefix = self._keys.snapshot(at.epoch, at.seq)
+        prefix = self.keys.snapshot(at.epoch, at.seq)
         values = frames(payload)
         for part, value in enumerate(values):
             await self._put_new(at.epoch, prefix + b"%04x" % part, value)
-        before = KeyRange(self._keys.snapshots, prefix)
-        behind = KeyRange(KeyRange.prefix(prefix).end, KeyRange.prefix(self._keys.snapshots).end)
-        log_below = KeyRange(self._keys.segment(0, 0), self._keys.segment(at.epoch, at.seq + 1))
+        before = KeyRange(self.keys.snapshots, prefix)
+        behind = KeyRange(KeyRange.prefix(prefix).end, KeyRange.prefix(self.keys.snapshots).end)
+        log_below = KeyRange(self.keys.segment(0, 0), self.keys.segment(at.epoch, at.seq + 1))
+        head = Head(at.epoch, at.seq, len(values)).encode()
         result = await self._write(
-            self._mine(at.epoch).then(
-                t.Put(self._keys.head, Head(at.epoch, at.seq, len(values)).encode(), self._held_lease()),
+            self._mine(at.epoch)
+            .when(t.value_of(self.keys.head, "=", self._head))
+            .then(
+                t.Put(self.keys.head, head, self._held_lease()),
                 t.Delete(before),
                 t.Delete(behind),
                 t.Delete(log_below),
             )
+            .otherwise(t.Get(KeyRange.one(self.keys.head)))
         )
-        if not result.succeeded:
+        found = None if result.succeeded else _only(result.results[0])
+        if not result.succeeded and (found is None or found.value != head):
             raise self._fenced(at.epoch)
+        self._head = head
         self._base = at
 
     async def watch(self, after: LogPosition | None) -> AsyncGenerator[LogEntry, None]:
         """Yield what follows `after`, for ever. Raises RemoteProtocolError for a value that is no log's."""
-        reader = LogReader(self._keys, after)
+        reader = LogReader(self.keys, after)
         items = self._etcd.follow(
-            KeyRange.prefix(self._keys.prefix), progress_s=self._progress_s, max_behind=self._max_behind
+            KeyRange.prefix(self.keys.prefix), progress_s=self._progress_s, max_behind=self._max_behind
         )
         async with aclosing(items):
             async for item in items:
@@ -161,7 +181,7 @@ class EtcdLog:
             self._mine(epoch)
             .when(t.absent(key))
             .then(t.Put(key, value, self._held_lease()))
-            .otherwise(t.Get(KeyRange.one(self._keys.epoch)), t.Get(one))
+            .otherwise(t.Get(KeyRange.one(self.keys.epoch)), t.Get(one))
         )
         if result.succeeded:
             return
@@ -176,7 +196,8 @@ class EtcdLog:
         failures = 0
         while True:
             try:
-                result = await self._etcd.txn(txn)
+                # Every transaction here compares, so that it is carried out once however often it is sent.
+                result = await self._etcd.txn(txn, repeat=Repeat.IDEMPOTENT)
             except LeaseNotFound as error:
                 self._lease = None
                 raise LocalProtocolError(f"data lease: {error}", reason="lease_lost") from error
@@ -206,7 +227,7 @@ class EtcdLog:
         return self._lease.id
 
     def _mine(self, epoch: int) -> t.Txn:
-        return t.Txn().when(t.value_of(self._keys.epoch, "=", encode_epoch(epoch, self._writer)))
+        return t.Txn().when(t.value_of(self.keys.epoch, "=", encode_epoch(epoch, self._writer)))
 
     def _fence(self, epoch: int) -> None:
         if epoch != self._end.epoch or self._lease is None:
@@ -215,7 +236,7 @@ class EtcdLog:
             raise LocalProtocolError(f"data lease: {self._lease.loss.value}", reason="lease_lost")
 
     def _fenced(self, epoch: int) -> LocalProtocolError:
-        return LocalProtocolError(f"{self._keys.prefix!r}: epoch {epoch} is over", reason="fenced")
+        return LocalProtocolError(f"{self.keys.prefix!r}: epoch {epoch} is over", reason="fenced")
 
 
 def _next_epoch(known: KeyValue | None) -> int:

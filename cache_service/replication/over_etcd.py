@@ -63,6 +63,9 @@ class EtcdReplication:
         self.maintenance = Maintenance(
             self.etcd, client.endpoints, self.presence.instance, round_s=config.maintenance_s
         )
+        self.presence.on_acquired = self._check_log
+        #: Called when this site's log is not in etcd any more.
+        self.on_log_lost: Callable[[], None] = lambda: None
         self.replicas: Replicas | None = None
         #: Live keys that were none.
         self.malformed = 0
@@ -111,6 +114,10 @@ class EtcdReplication:
         async with aclosing(reader.watch(after)) as entries:
             async for entry in entries:
                 yield entry
+
+    async def _check_log(self) -> None:
+        if not await self.log.intact():
+            self.on_log_lost()
 
     async def _discover(self, replicas: Replicas) -> None:
         """Follow the live keys."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 
 import msgspec
@@ -84,7 +84,9 @@ class Presence:
         self._fresh = True
         #: Whether this process speaks for its site.
         self.held = False
-        #: Called when that changes.
+        #: Awaited whenever the key was put: while it was away, other things may have gone.
+        self.on_acquired: Callable[[], Awaitable[None]] | None = None
+        #: Called when `held` changes.
         self.on_change: Callable[[bool], None] = lambda held: None
 
     def guard(self) -> tuple[t.Compare, ...]:
@@ -99,6 +101,8 @@ class Presence:
                 if await self._acquire():
                     failures = 0
                     self._set(True)
+                    if self.on_acquired is not None:
+                        await self.on_acquired()
                     await self._until_lost()
                 else:
                     self._set(False)
