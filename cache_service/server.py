@@ -27,6 +27,7 @@ from cache_service.http import HttpSide
 from cache_service.ingest import SourceStream
 from cache_service.metrics import IndexMetrics
 from cache_service.replication.over_etcd import EtcdReplication
+from cache_service.replication.over_peers import PeerReplication
 from cache_service.replication.publisher import Publisher
 from cache_service.state import IndexState, UnknownNamespace
 from cache_service.store import DeltaLog, InProcessLog
@@ -85,7 +86,7 @@ class CacheServer:
         self.state = IndexState(
             config.key(), config.sites(), log_store or InProcessLog(), IndexMetrics(self._registry)
         )
-        self.replication: EtcdReplication | None = None
+        self.replication: EtcdReplication | PeerReplication | None = None
         self._publisher: Publisher | None = None
         self._streams: list[SourceStream] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -101,6 +102,7 @@ class CacheServer:
 
     async def start(self) -> None:
         """Listen, then follow the workers. Raises ConfigError when an address cannot be had; then `stop`."""
+        self._replicate()
         self._server = self._grpc_server()
         if self._config.metrics_listen is not None:
             host, port = split_address(self._config.metrics_listen, field="metrics_listen")
@@ -111,7 +113,9 @@ class CacheServer:
             stream = SourceStream(self._context, worker, self._config.ingest, self.state)
             self._streams.append(stream)
             self._spawn(stream.run(), f"stream {worker.worker_id}/{worker.dp_rank}")
-        self._replicate()
+        if self.replication is not None:
+            for name, work in self.replication.work(self.state.indexes, self.state.claims).items():
+                self._spawn(work, name)
         self._spawn(self._flush_log(), "delta log")
         await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -135,21 +139,24 @@ class CacheServer:
     def _replicate(self) -> None:
         """Publish this site's changes and follow the other sites, if configured."""
         config, site = self._config.replication, SiteId(self._config.site)
-        if config is None or config.etcd is None:
+        if config is None:
             return
-        self.replication = EtcdReplication(config.etcd, config, self.state.namespace, site)
+        if config.etcd is not None:
+            self.replication = EtcdReplication(config.etcd, config, self.state.namespace, site)
+        else:
+            self.replication = PeerReplication(config.peers or {}, config, self.state.namespace, site)
         policy = config.publish.policy(self.state.namespace.page_size)
         self._publisher = Publisher(self.replication.log, policy, may_write=self.replication.may_write)
         self.replication.on_log_lost = self._publisher.writer.start_over
         self.state.attach(self._publisher, site)
-        for name, work in self.replication.work(self.state.indexes, self.state.claims).items():
-            self._spawn(work, name)
 
     def _grpc_server(self) -> grpc.aio.Server:
         server = grpc.aio.server(options=_OPTIONS)
         service = PrefixIndexService(self.state, self.stats)
         cache_pb2_grpc.add_PrefixIndexServicer_to_server(service, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if isinstance(self.replication, PeerReplication):
+            self.replication.stream.add_to(server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         host, port = split_address(self._config.listen, field="listen")

@@ -38,7 +38,14 @@ def holdings(index: PrefixIndex, sources: Sequence[SourceId]) -> set[tuple[Sourc
 class Site:
     """One site's service, fed by hand in place of its two workers' streams, and the truth about them."""
 
-    def __init__(self, site: str, endpoints: Sequence[str], seed: int = 0, **replication: Any) -> None:
+    def __init__(
+        self,
+        site: str,
+        endpoints: Sequence[str],
+        seed: int = 0,
+        listen: str = "127.0.0.1:0",
+        **replication: Any,
+    ) -> None:
         self.name = name = site
         self._rng = random.Random(f"{name}{seed}")
         self._next = 1 + (ord(name) << 32)
@@ -46,16 +53,16 @@ class Site:
         self.sources = [SourceId(WorkerId(f"{name}-{i}"), 0) for i in range(2)]
         self.truth: set[tuple[SourceId, BlockHash]] = set()
         self.changes = 0
+        replication.setdefault("etcd", {"endpoints": list(endpoints)} if endpoints else None)
         text = {
             "site": name,
-            "listen": "127.0.0.1:0",
+            "listen": listen,
             "namespace": {"model": "tiny", "page_size": 1},
             "workers": [
                 {"worker_id": s.worker_id, "site": name, "events": "tcp://127.0.0.1:1"} for s in self.sources
             ],
             "log_flush_s": 0.05,
             "replication": {
-                "etcd": {"endpoints": list(endpoints)},
                 "live_lease_s": 3,
                 "maintenance_s": 1.0,
                 "publish": EVERYTHING,
