@@ -1,4 +1,4 @@
-"""Replication through a real 3-member etcd on this machine: delivery, latency, etcd's CPU, restart, the filter.
+"""Replication through a real 3-member etcd on this machine: delivery, latency, CPU, restart, the filter.
 
 Four sites each offer 40,000 blocks per second as 50 ms segments; a service of a fifth site, in a process of
 its own, follows all four into an index. Latency is from the moment a block is offered (it waits for its
@@ -126,12 +126,15 @@ async def restart(endpoints: tuple[str, ...]) -> dict[str, float]:
     started = time.monotonic()
     index = PrefixIndex()
     site = RemoteSite(SiteId("large"), 1, Indexes(index), Claims({}))
-    async with EtcdClient(EtcdConfig(endpoints)) as etcd, asyncio.timeout(120):
-        async with aclosing(EtcdLog(etcd, NAMESPACE, SiteId("large")).watch(None)) as entries:
-            async for entry in entries:
-                await site.apply(entry)
-                if index.counts().entries:
-                    break
+    async with (
+        EtcdClient(EtcdConfig(endpoints)) as etcd,
+        asyncio.timeout(120),
+        aclosing(EtcdLog(etcd, NAMESPACE, SiteId("large")).watch(None)) as entries,
+    ):
+        async for entry in entries:
+            await site.apply(entry)
+            if index.counts().entries:
+                break
     return {"seconds": time.monotonic() - started, "blocks": index.counts().entries}
 
 
@@ -173,17 +176,15 @@ def measure_load(cluster: EtcdCluster, seconds: float) -> list[Row]:
     """Run the load once."""
     writer = spawn("write", cluster.endpoints, seconds)
     reader = spawn("read", cluster.endpoints, seconds + 8)
-    before, began = cpu_s(cluster), time.monotonic()
+    before = cpu_s(cluster)
     written = result(writer, seconds + 60)
-    cores = (cpu_s(cluster) - before) / (time.monotonic() - began)
+    cores = (cpu_s(cluster) - before) / seconds  # of the load alone: what comes before and after is idle
     seen = result(reader, seconds + 60)
     rate = written["offered"] / seconds
-    peer = "bar"
+    delivered, peer = seen["delivered"] / written["offered"], "bar"
     return [
         Row("blocks offered, 4 sites", "1/s", rate, 4 * BLOCKS_PER_S, "asked", 0.95),
-        Row(
-            "blocks delivered of those offered", "share", seen["delivered"] / written["offered"], 1, peer, 1.0
-        ),
+        Row("blocks delivered of those offered", "share", delivered, 1, peer, 1.0),
         Row("offered to applied, p50", "ms", seen["p50"] * 1e3, 50, peer, 1.0, True),
         Row("offered to applied, p99", "ms", seen["p99"] * 1e3, 500, peer, 1.0, True),
         Row("etcd, all 3 members", "cores", cores, 0.5, peer, 1.0, True),
@@ -241,7 +242,7 @@ def trace_rows(path: Path, policy: PublishPolicy, name: str) -> list[Row]:
     return [
         Row(f"trace, {name}: published", "B/s", size / seconds, None, "-"),
         Row(
-            f"trace, {name}: hit rate seen elsewhere",
+            f"trace, {name}: hit rate elsewhere",
             "share",
             published_hit / asked,
             exact_hit / asked,
@@ -255,13 +256,15 @@ def measure(smoke: bool) -> list[Row]:
     rows: list[Row] = []
     blocks = 100_000 if smoke else 2_000_000
     shm = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None) as folder:
-        with running(EtcdCluster(Path(folder), members=3)) as cluster:
-            rows += measure_load(cluster, 3 if smoke else 30)
-            asyncio.run(fill(cluster.endpoints, blocks))
-            found = result(spawn("restart", cluster.endpoints, 0), 180)
-            name = f"restart with {found['blocks'] / 1e6:.1f} M blocks in etcd"
-            rows.append(Row(name, "s", found["seconds"], 30, "bar", 1.0, True))
+    with (
+        tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None) as folder,
+        running(EtcdCluster(Path(folder), members=3)) as cluster,
+    ):
+        rows += measure_load(cluster, 3 if smoke else 30)
+        asyncio.run(fill(cluster.endpoints, blocks))
+        found = result(spawn("restart", cluster.endpoints, 0), 180)
+        name = f"restart with {found['blocks'] / 1e6:.1f} M blocks in etcd"
+        rows.append(Row(name, "s", found["seconds"], 30, "bar", 1.0, True))
     if trace := os.environ.get("PRFAAS_TRACE"):
         for name, policy in (
             ("everything", PublishPolicy(1, 1, 1)),

@@ -149,6 +149,7 @@ class CacheServer:
         self._publisher = Publisher(self.replication.log, policy, may_write=self.replication.may_write)
         self.replication.on_log_lost = self._publisher.writer.start_over
         self.state.attach(self._publisher, site)
+        self.state.metrics.observe_replication(self.replication.report)
 
     def _grpc_server(self) -> grpc.aio.Server:
         server = grpc.aio.server(options=_OPTIONS)
@@ -203,14 +204,18 @@ class CacheServer:
         }
 
     async def _flush_log(self) -> None:
+        failed = ""
         while True:
             try:
                 if self._publisher is not None:
                     await self._publisher.flush(asyncio.get_running_loop().time())
                 else:
                     await self.state.writer.flush()
-            except PrfaasError:
-                logs.event(log, "delta_log_failed", logging.WARNING, exc_info=True)
+                failed = ""
+            except PrfaasError as error:
+                if error.reason != failed:  # one line per change, not per flush
+                    failed = error.reason
+                    logs.event(log, "delta_log_failed", logging.WARNING, reason=failed, error=str(error))
             await asyncio.sleep(self._config.log_flush_s)
 
     async def _set_health(self, status: int) -> None:
