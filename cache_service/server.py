@@ -23,6 +23,7 @@ from cache_service.config import CacheConfig
 from cache_service.core.addresses import split_address
 from cache_service.core.errors import ConfigError, PrfaasError, RemoteProtocolError
 from cache_service.core.ids import SiteId
+from cache_service.etcd.core.retry import backoff_s
 from cache_service.http import HttpSide
 from cache_service.ingest import SourceStream
 from cache_service.metrics import IndexMetrics
@@ -204,19 +205,20 @@ class CacheServer:
         }
 
     async def _flush_log(self) -> None:
-        failed = ""
+        failed, failures = "", 0
         while True:
             try:
                 if self._publisher is not None:
                     await self._publisher.flush(asyncio.get_running_loop().time())
                 else:
                     await self.state.writer.flush()
-                failed = ""
+                failed, failures = "", 0
             except PrfaasError as error:
+                failures += 1
                 if error.reason != failed:  # one line per change, not per flush
                     failed = error.reason
                     logs.event(log, "delta_log_failed", logging.WARNING, reason=failed, error=str(error))
-            await asyncio.sleep(self._config.log_flush_s)
+            await asyncio.sleep(self._config.log_flush_s if not failures else backoff_s(failures))
 
     async def _set_health(self, status: int) -> None:
         for service in ("", SERVICE):

@@ -92,6 +92,7 @@ class EtcdReplication:
         """Return how replication is doing: for GET /health and for tests."""
         return {
             "writer": self.presence.held,
+            "keys": [self.log.keys.prefix.decode(), self.presence.key.decode()],
             "trouble": self.trouble,
             "malformed": self.malformed,
             "maintenance_rounds": self.maintenance.rounds,
