@@ -110,6 +110,8 @@ class PublishFilter:
             if node is None:
                 break
             node.seen += 1
+            if not self._is_anchor(node):
+                continue  # what it says of the blocks above is not known, whatever the request believes
             if node.seen == self.policy.min_seen + self.tightened:
                 for slot in range(len(self._names)):
                     if node.held >> slot * _TIER_BITS & _TIERS and not node.published >> slot & 1:
@@ -178,16 +180,23 @@ class PublishFilter:
             node = self._nodes.get(block)
             if node is None:
                 node = self._nodes[block] = _Node()
-            if node.parent is None and not node.depth and parent is not None:
+            if node.parent is None and node.depth != 1 and parent is not None:
                 node.parent = parent
                 self._children.setdefault(parent, []).append(block)
-            if not node.depth:
-                above = self._nodes.get(parent) if parent is not None else None
-                depth = 1 if parent is None else above.depth + 1 if above is not None and above.depth else 0
-                if depth:
-                    late += self._set_depth(block, depth)
+            if not node.depth and (depth := self._place(block, parent)):
+                late += self._set_depth(block, depth)
             parent = block
         return late
+
+    def _place(self, block: BlockHash, parent: BlockHash | None) -> int:
+        """Return a block's depth by its parent, or by a child that was placed before this block came back."""
+        if parent is None:
+            return 1
+        above = self._nodes.get(parent)
+        if above is not None and above.depth:
+            return above.depth + 1
+        below = (self._nodes[child].depth for child in self._children.get(block, ()))
+        return max((depth - 1 for depth in below if depth), default=0)
 
     def _set_depth(self, block: BlockHash, depth: int) -> list[BlockHash]:
         anchors = []
@@ -200,6 +209,8 @@ class PublishFilter:
                 if node.held and depth % self.policy.stride == 0:
                     anchors.append(block)
                 waiting += [(child, depth + 1) for child in self._children.get(block, ())]
+                if node.parent in self._nodes and depth > 1:
+                    waiting.append((node.parent, depth - 1))
         return anchors
 
     def _forget_if_unheld(self, block: BlockHash) -> None:
@@ -233,6 +244,9 @@ class PublishFilter:
                 elif not single:
                     waiting += self._children.get(block, ())
         return found
+
+    def _is_anchor(self, node: _Node) -> bool:
+        return self.policy.stride == 1 or bool(node.depth and node.depth % self.policy.stride == 0)
 
     def _run_above(self, anchor: BlockHash, slot: int) -> tuple[bool, BlockHash | None]:
         """Say whether a slot holds the whole run of an anchor, and name the anchor above (None: the root)."""

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cache_service.core.errors import ConfigError
@@ -100,6 +100,8 @@ def random_events(seed: int, number: int) -> tuple[list[list[BlockHash]], list[t
 
 
 @given(st.integers(0, 2**32), st.integers(0, 80))
+@example(819, 59)  # blocks that come back between a known ancestor and a known child
+@example(195, 68)
 def test_without_thresholds_it_is_exact(seed: int, number: int) -> None:
     """Every whole run, and nothing else, is published: full, state and window, at every time."""
     chains, events = random_events(seed, number)
@@ -121,6 +123,7 @@ def test_without_thresholds_it_is_exact(seed: int, number: int) -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(0, 80), st.integers(1, 16), st.integers(1, 3))
+@example(56, 14, 1, 2)  # asked for while its place in the chain is unknown
 def test_never_more_than_what_is_held(seed: int, number: int, min_blocks: int, min_seen: int) -> None:
     """Whatever the thresholds, and while a budget moves them, a published anchor's run is held."""
     chains, events = random_events(seed, number)
