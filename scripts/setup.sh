@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 
 lock=constraints/cpu.txt
 stamp=.venv/.setup-stamp
-want=$(cat pyproject.toml "$lock" scripts/setup.sh scripts/etcd.sh | sha256sum | cut -d' ' -f1)
+want=$(cat pyproject.toml "$lock" scripts/setup.sh | sha256sum | cut -d' ' -f1)
 if [ "$(cat "$stamp" 2>/dev/null || true)" = "$want" ]; then
   exit 0
 fi
@@ -56,9 +56,6 @@ if ! ldconfig -p 2>/dev/null | grep -q libibverbs.so.1; then
     say "for the mooncake_tcp backend, run as root: apt-get install libibverbs1"
   fi
 fi
-
-# A real etcd for the tests of its client; nothing else here needs one.
-scripts/etcd.sh || say "no etcd: the tests that need one are left out"
 
 printf '%s\n' "$want" > "$stamp"
 say "done in $((SECONDS - started)) s"

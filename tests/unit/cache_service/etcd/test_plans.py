@@ -28,7 +28,8 @@ def test_prefix(prefix: bytes, key: bytes) -> None:
 def test_after(start: bytes, end: bytes, key: bytes, other: bytes) -> None:
     """What is above a key of the range is the rest of the range."""
     keys = KeyRange(start, end)
-    assume(key in keys)
+    if key not in keys:
+        return
     rest = keys.after(key)
     assert (rest is not None and other in rest) == (other in keys and other > key)
 
