@@ -232,7 +232,7 @@ def test_cut_connections_are_made_good_on_new_ones(staged: bool) -> None:
             assert box.cuts == 0
         resumed = pair.prefill.telemetry.registry.get_sample_value("prfaas_transfer_resumed_total")
         assert resumed is not None
-        assert resumed >= 3
+        assert resumed >= 1  # one break may cut several connections
 
 
 def test_a_path_that_breaks_every_connection_is_given_up(
