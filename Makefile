@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 PYTHON_BIN := .venv/bin/python
 
-.PHONY: help setup demo demo-mooncake test test-fast check bench-smoke clean
+.PHONY: help setup demo demo-mooncake test test-fast test-etcd check bench-smoke clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -21,6 +21,10 @@ test: setup check ## every check and every test, real engine included
 
 test-fast: setup ## tests without the real engine (under 3 minutes)
 	$(PYTHON_BIN) -m pytest -m "not engine and not gpu"
+
+test-etcd: setup ## tests of the etcd client and of replication, with a real etcd that this gets
+	scripts/etcd.sh
+	$(PYTHON_BIN) -m pytest tests/integration/etcd tests/integration/replication
 
 check: setup ## ruff, mypy --strict on the cores, import layers
 	.venv/bin/ruff check .

@@ -39,7 +39,8 @@ On the worker (SGLang 0.5.21; the endpoint must be a wildcard, or SGLang connect
   --kv-events-config '{"publisher":"zmq","endpoint":"tcp://*:5557","replay_endpoint":"tcp://*:5558","topic":"kv"}'
 
 Optional: ingest: {probe_s: 2, replay_timeout_s: 2, lease_s: 10, queue_batches: 10000}, log_flush_s: 0.1,
-log_level: INFO, and in namespace: revision, kv_dtype, layout.
+log_level: INFO, replication: {etcd: {endpoints: [etcd-1:2379]}} (docs/configuration.md), and in namespace:
+revision, kv_dtype, layout.
 
 Logs are JSON lines on stdout; the line with the event "ready" names the ports.
 """

@@ -15,6 +15,8 @@ import yaml
 from cache_service.core.addresses import split_address
 from cache_service.core.errors import ConfigError
 from cache_service.core.ids import Namespace, SiteId, SourceId, WorkerId, parse_name
+from cache_service.core.publish import PublishPolicy
+from cache_service.etcd.config import EtcdConfig, TlsPaths
 
 MAX_WORKERS = 4096
 _TCP = re.compile(r"tcp://(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
@@ -63,6 +65,76 @@ class IngestConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     queue_batches: int = 10_000
 
 
+class TlsFiles(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """PEM files: the authority, and our certificate with its key."""
+
+    ca: str
+    cert: str = ""
+    key: str = ""
+    server_name: str = ""
+
+
+class EtcdSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """How to reach etcd; the password is in a file of its own."""
+
+    endpoints: list[str]
+    tls: TlsFiles | None = None
+    user: str = ""
+    password_file: str | None = None
+
+    def client_config(self) -> EtcdConfig:
+        """Return the client's own settings. Raises ConfigError."""
+        password = ""
+        if self.password_file is not None:
+            try:
+                password = Path(self.password_file).read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(
+                    f"replication.etcd.password_file: {self.password_file}: cannot be read: {error}"
+                ) from error
+        tls = self.tls and TlsPaths(self.tls.ca, self.tls.cert, self.tls.key, self.tls.server_name)
+        try:
+            return EtcdConfig(tuple(self.endpoints), tls, self.user, password)
+        except ConfigError as error:
+            raise ConfigError(f"replication.{error}") from error
+
+
+class PublishConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What other sites are told of this one's blocks; see core/publish.py. A budget of 0 means none."""
+
+    stride: int = 8
+    min_tokens: int = 2048
+    min_seen: int = 2
+    bytes_per_s: float = 262_144
+
+    def policy(self, page_size: int) -> PublishPolicy:
+        """Return the core's policy. Raises ConfigError."""
+        return PublishPolicy(
+            self.stride, max(1, self.min_tokens // page_size), self.min_seen, self.bytes_per_s
+        )
+
+
+class ReplicationConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """How this service and those of other sites learn of each other's blocks: over etcd, or peer to peer.
+
+    Attributes:
+        etcd: members that every site can reach.
+        peers: site -> host:port of the cache service there.
+        name: of this service in its site; of several services in a site, one publishes.
+        live_lease_s: a site that is silent for so long is not offered.
+        data_lease_s: a site that is silent for so long is forgotten.
+        maintenance_s: between two compactions of etcd.
+    """
+
+    etcd: EtcdSettings | None = None
+    peers: dict[str, str] | None = None
+    name: str = ""
+    live_lease_s: int = 10
+    data_lease_s: int = 1200
+    maintenance_s: float = 60.0
+    publish: PublishConfig = PublishConfig()
+
+
 class CacheConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """The whole file."""
 
@@ -72,6 +144,7 @@ class CacheConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     workers: list[WorkerConfig] = []
     metrics_listen: str | None = None
     ingest: IngestConfig = IngestConfig()
+    replication: ReplicationConfig | None = None
     log_flush_s: float = 0.1
     log_level: str = "INFO"
 
@@ -136,6 +209,32 @@ def _check(config: CacheConfig) -> None:
         _positive(getattr(config.ingest, name), f"ingest.{name}", 3600)
     _positive(config.ingest.queue_batches, "ingest.queue_batches", 1_000_000)
     _positive(config.log_flush_s, "log_flush_s", 60)
+    if config.replication is not None:
+        _check_replication(config.replication, config.site, config.namespace.page_size)
+
+
+def _check_replication(config: ReplicationConfig, site: str, page_size: int) -> None:
+    if (config.etcd is None) == (config.peers is None):
+        raise ConfigError("replication: give either etcd or peers")
+    if config.etcd is not None:
+        config.etcd.client_config()
+    for name, address in (config.peers or {}).items():
+        parse_name(name, field=f"replication.peers.{name}")
+        split_address(address, field=f"replication.peers.{name}")
+        if name == site:
+            raise ConfigError(f"replication.peers.{name}: is this service's own site")
+    if config.name:
+        parse_name(config.name, field="replication.name")
+    if not 2 <= config.live_lease_s < config.data_lease_s <= 86400:
+        raise ConfigError(
+            f"replication.live_lease_s: {config.live_lease_s} is not in 2..{config.data_lease_s} "
+            "(data_lease_s, which is at most 86400)"
+        )
+    _positive(config.maintenance_s, "replication.maintenance_s", 3600)
+    try:
+        config.publish.policy(page_size)
+    except ConfigError as error:
+        raise ConfigError(f"replication.{error}") from error
 
 
 def _check_worker(worker: WorkerConfig, path: str) -> None:

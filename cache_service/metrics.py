@@ -5,10 +5,13 @@ Names are `prfaas_index_<what>_<unit>[_total]`; labels come from closed sets (si
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from cache_service.core.index import Applied, IndexCounts
 
@@ -104,6 +107,10 @@ class IndexMetrics:
         ):
             Gauge(f"prfaas_index_{name}", text, registry=self.registry).set_function(read)
 
+    def observe_replication(self, report: Callable[[], dict[str, Any]]) -> None:
+        """Publish how replication is doing, read when scraped."""
+        self.registry.register(_ReplicationCollector(report))
+
     def observe_log(self, log_bytes: Callable[[], int], segments: Callable[[], int]) -> None:
         """Publish the size of the delta log above its snapshot, read when scraped."""
         for name, text, read in (
@@ -111,3 +118,28 @@ class IndexMetrics:
             ("log_segments_count", "Segments of the delta log above its last snapshot", segments),
         ):
             Gauge(f"prfaas_index_{name}", text, registry=self.registry).set_function(read)
+
+
+class _ReplicationCollector(Collector):
+    """The other sites, which come and go."""
+
+    def __init__(self, report: Callable[[], dict[str, Any]]) -> None:
+        self._report = report
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Yield the gauges of this moment."""
+        report = self._report()
+        stalled = GaugeMetricFamily(
+            "prfaas_index_replication_stalled_count", "Whether this site's changes wait for the store"
+        )
+        stalled.add_metric([], float(bool(report["trouble"])))
+        yield stalled
+        for name, text, read in (
+            ("entries_count", "Entries of another site", lambda site: site["entries"]),
+            ("withheld_count", "Whether they are not offered", lambda site: bool(site["withheld"])),
+            ("age_seconds", "Since the store last spoke of the site", lambda site: site["age_s"]),
+        ):
+            gauge = GaugeMetricFamily(f"prfaas_index_replica_{name}", text, labels=["site"])
+            for site in report["sites"]:
+                gauge.add_metric([site["site"]], float(read(site)))
+            yield gauge

@@ -23,9 +23,13 @@ from cache_service.config import CacheConfig
 from cache_service.core.addresses import split_address
 from cache_service.core.errors import ConfigError, PrfaasError, RemoteProtocolError
 from cache_service.core.ids import SiteId
+from cache_service.etcd.core.retry import backoff_s
 from cache_service.http import HttpSide
 from cache_service.ingest import SourceStream
 from cache_service.metrics import IndexMetrics
+from cache_service.replication.over_etcd import EtcdReplication
+from cache_service.replication.over_peers import PeerReplication
+from cache_service.replication.publisher import Publisher
 from cache_service.state import IndexState, UnknownNamespace
 from cache_service.store import DeltaLog, InProcessLog
 from cache_service.wire import cache_pb2_grpc, codec
@@ -83,6 +87,8 @@ class CacheServer:
         self.state = IndexState(
             config.key(), config.sites(), log_store or InProcessLog(), IndexMetrics(self._registry)
         )
+        self.replication: EtcdReplication | PeerReplication | None = None
+        self._publisher: Publisher | None = None
         self._streams: list[SourceStream] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: grpc.aio.Server | None = None
@@ -97,6 +103,7 @@ class CacheServer:
 
     async def start(self) -> None:
         """Listen, then follow the workers. Raises ConfigError when an address cannot be had; then `stop`."""
+        self._replicate()
         self._server = self._grpc_server()
         if self._config.metrics_listen is not None:
             host, port = split_address(self._config.metrics_listen, field="metrics_listen")
@@ -107,6 +114,9 @@ class CacheServer:
             stream = SourceStream(self._context, worker, self._config.ingest, self.state)
             self._streams.append(stream)
             self._spawn(stream.run(), f"stream {worker.worker_id}/{worker.dp_rank}")
+        if self.replication is not None:
+            for name, work in self.replication.work(self.state.indexes, self.state.claims).items():
+                self._spawn(work, name)
         self._spawn(self._flush_log(), "delta log")
         await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -121,14 +131,34 @@ class CacheServer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.state.writer.close()
+        if self.replication is not None:
+            await self.replication.close()
         if self._context is not None:
             self._context.destroy(linger=0)
+
+    def _replicate(self) -> None:
+        """Publish this site's changes and follow the other sites, if configured."""
+        config, site = self._config.replication, SiteId(self._config.site)
+        if config is None:
+            return
+        if config.etcd is not None:
+            self.replication = EtcdReplication(config.etcd, config, self.state.namespace, site)
+        else:
+            self.replication = PeerReplication(config.peers or {}, config, self.state.namespace, site)
+        policy = config.publish.policy(self.state.namespace.page_size)
+        self._publisher = Publisher(self.replication.log, policy, may_write=self.replication.may_write)
+        self.replication.on_log_lost = self._publisher.writer.start_over
+        self.state.attach(self._publisher, site)
+        self.state.metrics.observe_replication(self.replication.report)
 
     def _grpc_server(self) -> grpc.aio.Server:
         server = grpc.aio.server(options=_OPTIONS)
         service = PrefixIndexService(self.state, self.stats)
         cache_pb2_grpc.add_PrefixIndexServicer_to_server(service, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if isinstance(self.replication, PeerReplication):
+            self.replication.stream.add_to(server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         host, port = split_address(self._config.listen, field="listen")
@@ -160,6 +190,7 @@ class CacheServer:
         """Return the body of GET /health: serving, and the stream states by worker."""
         return {
             "status": "ok",
+            **({"replication": self.replication.report()} if self.replication else {}),
             "site": self._config.site,
             "revision": self.state.index.revision,
             "sources": [
@@ -174,12 +205,20 @@ class CacheServer:
         }
 
     async def _flush_log(self) -> None:
+        failed, failures = "", 0
         while True:
             try:
-                await self.state.writer.flush()
-            except PrfaasError:
-                logs.event(log, "delta_log_failed", logging.WARNING, exc_info=True)
-            await asyncio.sleep(self._config.log_flush_s)
+                if self._publisher is not None:
+                    await self._publisher.flush(asyncio.get_running_loop().time())
+                else:
+                    await self.state.writer.flush()
+                failed, failures = "", 0
+            except PrfaasError as error:
+                failures += 1
+                if error.reason != failed:  # one line per change, not per flush
+                    failed = error.reason
+                    logs.event(log, "delta_log_failed", logging.WARNING, reason=failed, error=str(error))
+            await asyncio.sleep(self._config.log_flush_s if not failures else backoff_s(failures))
 
     async def _set_health(self, status: int) -> None:
         for service in ("", SERVICE):

@@ -10,11 +10,13 @@ from dataclasses import replace
 
 from cache_service.core.blocks import usable_tokens
 from cache_service.core.errors import PrfaasError
-from cache_service.core.events import AllCleared, Event
+from cache_service.core.events import AllCleared, BlocksStored, Event
 from cache_service.core.ids import Namespace, SiteId, SourceId
 from cache_service.core.index import PrefixIndex
 from cache_service.core.query import Holder, Query
 from cache_service.metrics import IndexMetrics
+from cache_service.replication.publisher import Publisher
+from cache_service.replication.replica import Claims, Indexes
 from cache_service.store import DeltaLog, LogWriter
 
 
@@ -25,20 +27,32 @@ class UnknownNamespace(PrfaasError):
 
 
 class IndexState:
-    """The index of one namespace, fed by the event streams of the configured workers."""
+    """The index of one namespace: the configured workers' event streams, and what other sites publish.
+
+    `attach` says where changes go: by default to the log as they are, all of them.
+    """
 
     def __init__(
         self, namespace: Namespace, sites: Mapping[SourceId, SiteId], log: DeltaLog, metrics: IndexMetrics
     ) -> None:
         self.namespace = namespace
         self.index = PrefixIndex()
+        self.indexes = Indexes(self.index)
+        self.claims = Claims(dict(sites))
         self.writer = LogWriter(log, self.index)
         self.metrics = metrics
+        self._publisher: Publisher | None = None
+        self._published_site: SiteId | None = None
         self._sites = dict(sites)
         for source in self._sites:
             self.index.add(source)
         metrics.observe_index(self.index.counts, lambda: self.index.revision)
         metrics.observe_log(lambda: self.writer.log_bytes, lambda: self.writer.log_segments)
+
+    def attach(self, publisher: Publisher, site: SiteId) -> None:
+        """Publish the changes of this site's own workers, and only those."""
+        self._publisher, self._published_site = publisher, site
+        self.writer = publisher.writer
 
     def site_of(self, source: SourceId) -> SiteId:
         """Return the site of a configured source."""
@@ -50,8 +64,14 @@ class IndexState:
         for event in events:
             applied = self.index.apply(source, event)
             self.metrics.applied(site, applied)
-            if applied.stored or applied.removed:
+            if applied.conflicts and isinstance(event, BlocksStored):
+                event = replace(event, hashes=event.hashes[: -applied.conflicts] or event.hashes)
+            if not (applied.stored or applied.removed):
+                continue
+            if self._publisher is None:
                 self.writer.add((source, event))
+            elif site == self._published_site:
+                self._publisher.add((source, event))
 
     def clear(self, source: SourceId) -> int:
         """Drop all that a source holds; return how many entries went."""
@@ -69,15 +89,20 @@ class IndexState:
             raise UnknownNamespace(f"namespace: this service indexes {self.namespace}, not {query.namespace}")
         page_size = self.namespace.page_size
         holders = []
-        for match in self.index.match(query.hashes):
-            matched = match.blocks * page_size
-            holders.append(
-                Holder(
-                    worker_id=match.source.worker_id,
-                    site=self._sites[match.source],
-                    dp_rank=match.source.dp_rank,
-                    matched_tokens=matched,
-                    usable_tokens=usable_tokens(matched, query.total_tokens, page_size),
+        for stride, index in self.indexes.by_stride.items():
+            for match in index.match(query.hashes[stride - 1 :: stride]):
+                matched = match.blocks * stride * page_size
+                holders.append(
+                    Holder(
+                        worker_id=match.source.worker_id,
+                        site=self.claims.site_of(match.source),
+                        dp_rank=match.source.dp_rank,
+                        matched_tokens=matched,
+                        usable_tokens=usable_tokens(matched, query.total_tokens, page_size),
+                    )
                 )
-            )
+        if len(self.indexes.by_stride) > 1:
+            holders.sort(key=lambda holder: (-holder.matched_tokens, holder.worker_id, holder.dp_rank))
+        if self._publisher is not None:
+            self._publisher.saw(query.hashes)
         return holders

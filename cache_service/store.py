@@ -19,40 +19,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Protocol
 
 from cache_service.core import delta
 from cache_service.core.delta import Change
 from cache_service.core.errors import LocalProtocolError
 from cache_service.core.index import PrefixIndex
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class LogPosition:
-    """A place in a log: `seq` 0 is the start of the epoch, before its first segment."""
-
-    epoch: int
-    seq: int
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """The changes after position `seq - 1`."""
-
-    position: LogPosition
-    payload: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """Everything up to and including `position`; a reader forgets what it had. b"" says nothing is there."""
-
-    position: LogPosition
-    payload: bytes
-
-
-LogEntry = Segment | Snapshot
+from cache_service.core.log import LogEntry, LogPosition, Segment, Snapshot
 
 
 class DeltaLog(Protocol):
@@ -171,33 +144,53 @@ class LogWriter:
         self._pending: list[Change] = []
         self._pending_blocks = 0
         self._last_snapshot_bytes = 0
+        self._snapshotting: asyncio.Task[None] | None = None
         #: Bytes and segments of the log above its last snapshot.
         self.log_bytes = 0
         self.log_segments = 0
+        #: Bytes of every segment so far.
+        self.written_bytes = 0
 
     def add(self, change: Change) -> None:
         """Note a change that the index has taken."""
         self._pending_blocks += 1 + len(getattr(change[1], "hashes", ()))
         if self._pending_blocks > self._max_pending_blocks:
-            self._start_over()
+            self.start_over()
         if self._epoch is not None:
             self._pending.append(change)
 
     async def flush(self) -> None:
-        """Append what waits; snapshot when the log outweighs the index it describes.
+        """Append what waits; start a snapshot when the log outweighs the index it describes.
 
-        The index is copied at once, and dumped in a thread while the event loop goes on.
+        For a snapshot the index is copied at once and dumped in a thread; it is written while the next
+        segments are appended. Raises what the log raised, of the last snapshot too.
         """
         try:
+            if self._snapshotting is not None and self._snapshotting.done():
+                done, self._snapshotting = self._snapshotting, None
+                done.result()
             if self._epoch is None:
                 await self._begin()
             elif self._pending:
                 await self._append(self._epoch)
         except BaseException:
-            self._start_over()
+            self.start_over()
             raise
 
+    async def settled(self) -> None:
+        """Wait for a snapshot that is being written."""
+        if self._snapshotting is not None:
+            await asyncio.wait({self._snapshotting})
+
+    async def close(self) -> None:
+        """Give up a snapshot that is being written."""
+        if self._snapshotting is not None:
+            self._snapshotting.cancel()
+            await asyncio.wait({self._snapshotting})
+
     async def _begin(self) -> None:
+        await self.close()
+        self._snapshotting = None
         epoch = (await self._log.begin()).epoch
         # One instant, no await: the copy, and the epoch from which `add` collects again.
         everything = self._index.copy()
@@ -209,6 +202,7 @@ class LogWriter:
             payload = await _dump(everything)
             await self._log.append(epoch, payload)
             self._last_snapshot_bytes = len(payload)
+            self.written_bytes += len(payload)
 
     async def _append(self, epoch: int) -> None:
         payload = delta.encode(self._pending)
@@ -217,20 +211,26 @@ class LogWriter:
         position = await self._log.append(epoch, payload)
         self.log_bytes += len(payload)
         self.log_segments += 1
+        self.written_bytes += len(payload)
         if everything is not None:
-            await self._snapshot(position, everything)
+            self._snapshotting = asyncio.create_task(self._snapshot(position, everything), name="snapshot")
 
     async def _snapshot(self, at: LogPosition, everything: PrefixIndex) -> None:
+        log_bytes, log_segments = self.log_bytes, self.log_segments
         payload = await _dump(everything)
         await self._log.snapshot(at, payload)
         self._last_snapshot_bytes = len(payload)
-        self.log_bytes = self.log_segments = 0
+        self.log_bytes -= log_bytes
+        self.log_segments -= log_segments
 
-    def _start_over(self) -> None:
+    def start_over(self) -> None:
+        """Let the next flush begin a new epoch with all there is: the log is gone, or what waits too long."""
         self._epoch = None
         self._pending, self._pending_blocks = [], 0
 
     def _due(self, more_bytes: int) -> bool:
+        if self._snapshotting is not None:
+            return False
         limit = max(self._snapshot_bytes, 2 * self._last_snapshot_bytes)
         return self.log_bytes + more_bytes > limit or self.log_segments + 1 >= self._snapshot_segments
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, suppress
+from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -16,109 +15,24 @@ from cache_service.core.errors import LocalProtocolError, RemoteProtocolError
 from cache_service.core.events import AllCleared, BlocksRemoved, BlocksStored, Tier
 from cache_service.core.ids import BlockHash, SourceId, WorkerId
 from cache_service.core.index import PrefixIndex
+from cache_service.core.log import LogEntry, LogPosition
 from cache_service.store import (
     DeltaLog,
     InProcessLog,
-    LogEntry,
-    LogPosition,
     LogWriter,
-    Segment,
-    Snapshot,
     apply_entry,
 )
+from tests.integration.delta_log_conformance import DeltaLogConformance, take
 
-MakeLog = Callable[[], DeltaLog]
-#: Implementations under the one conformance suite.
-LOGS: dict[str, MakeLog] = {"in-process": InProcessLog}
 SOURCES = [SourceId(WorkerId(f"w{i}"), i) for i in range(3)]
 
 
-@pytest.fixture(params=LOGS)
-def log(request: pytest.FixtureRequest) -> DeltaLog:
-    return LOGS[request.param]()
+class TestInProcessLog(DeltaLogConformance):
+    """The log in memory."""
 
-
-async def take(entries: AsyncIterator[LogEntry], number: int) -> list[LogEntry]:
-    async with asyncio.timeout(5):
-        return [await anext(entries) for _ in range(number)]
-
-
-async def test_new_reader_gets_everything(log: DeltaLog) -> None:
-    """From nothing, a reader gets the snapshot, then each segment in order."""
-    start = await log.begin()
-    for payload in (b"a", b"b"):
-        await log.append(start.epoch, payload)
-    async with aclosing(log.watch(None)) as entries:
-        first, second, third = await take(entries, 3)
-    assert first == Snapshot(start, b"")
-    assert (second, third) == (
-        Segment(LogPosition(start.epoch, 1), b"a"),
-        Segment(LogPosition(start.epoch, 2), b"b"),
-    )
-
-
-async def test_reader_resumes_after_a_position(log: DeltaLog) -> None:
-    """A reader that knows its position gets what follows it, and waits for more."""
-    start = await log.begin()
-    known = await log.append(start.epoch, b"a")
-    async with aclosing(log.watch(known)) as entries:
-        waiting = asyncio.ensure_future(anext(entries))
-        await asyncio.sleep(0)
-        assert not waiting.done()
-        await log.append(start.epoch, b"b")
-        assert (await asyncio.wait_for(waiting, 5)).payload == b"b"
-
-
-async def test_reader_that_kept_up_sees_no_snapshot(log: DeltaLog) -> None:
-    """A snapshot replaces what such a reader has: it goes on with the next segment."""
-    start = await log.begin()
-    at = await log.append(start.epoch, b"a")
-    await log.snapshot(at, b"A")
-    await log.append(start.epoch, b"b")
-    async with aclosing(log.watch(at)) as entries:
-        (entry,) = await take(entries, 1)
-    assert entry == Segment(LogPosition(start.epoch, 2), b"b")
-
-
-async def test_reader_behind_a_snapshot_starts_over(log: DeltaLog) -> None:
-    """A reader whose next segment is gone gets the snapshot, then the segments above it."""
-    start = await log.begin()
-    for payload in (b"a", b"b", b"c"):
-        await log.append(start.epoch, payload)
-    await log.snapshot(LogPosition(start.epoch, 2), b"AB")
-    for after in (None, start, LogPosition(start.epoch, 1)):
-        async with aclosing(log.watch(after)) as entries:
-            assert [entry.payload for entry in await take(entries, 2)] == [b"AB", b"c"]
-
-
-async def test_new_epoch_starts_every_reader_over(log: DeltaLog) -> None:
-    """After `begin` a reader of the earlier life gets a snapshot, whatever its number was."""
-    first = await log.begin()
-    known = await log.append(first.epoch, b"a")
-    second = await log.begin()
-    assert second.epoch > first.epoch
-    await log.append(second.epoch, b"b")
-    async with aclosing(log.watch(known)) as entries:
-        entries_seen = await take(entries, 2)
-    assert entries_seen == [Snapshot(second, b""), Segment(LogPosition(second.epoch, 1), b"b")]
-
-
-async def test_earlier_writer_is_fenced(log: DeltaLog) -> None:
-    """A writer of an earlier life can neither append nor snapshot."""
-    first = await log.begin()
-    known = await log.append(first.epoch, b"a")
-    await log.begin()
-    for attempt in (log.append(first.epoch, b"x"), log.snapshot(known, b"x")):
-        with pytest.raises(LocalProtocolError) as caught:
-            await attempt
-        assert caught.value.reason == "fenced"
-
-
-async def test_snapshot_beyond_the_end_is_refused(log: DeltaLog) -> None:
-    """A snapshot cannot replace what was not written."""
-    start = await log.begin()
-    with pytest.raises(LocalProtocolError):
-        await log.snapshot(LogPosition(start.epoch, 1), b"x")
+    @pytest.fixture
+    def log(self) -> DeltaLog:
+        return InProcessLog()
 
 
 async def test_in_process_log_is_bounded() -> None:

@@ -1,0 +1,344 @@
+"""Faults of etcd, with real members: no entry is lost, none is left over, a blip rebuilds nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import AsyncExitStack
+
+import pytest
+
+from cache_service.etcd.client import EtcdClient
+from cache_service.etcd.config import EtcdConfig
+from cache_service.etcd.core.errors import NoSpace
+from cache_service.etcd.core.model import KeyRange
+from tests.integration.etcd.conftest import MakeCluster
+from tests.integration.etcd_support import CutProxy, EtcdCluster
+from tests.integration.replication.support import Site, converged, until
+
+
+async def under_load(*sites: Site) -> tuple[asyncio.Event, list[asyncio.Task[None]]]:
+    """Start loads; set the event and await the tasks to end them."""
+    ending = asyncio.Event()
+    return ending, [asyncio.create_task(site.load(ending)) for site in sites]
+
+
+async def ended(ending: asyncio.Event, tasks: list[asyncio.Task[None]]) -> None:
+    ending.set()
+    await asyncio.gather(*tasks)
+
+
+async def fill_up(etcd: EtcdClient) -> None:
+    """Write one key over and over: its history fills the quota."""
+    for _ in range(40):
+        await etcd.put(b"/junk", b"x" * (1 << 20))
+
+
+@pytest.mark.parametrize("members", [1, 3])
+async def test_sites_converge(make_cluster: MakeCluster, members: int) -> None:
+    """Three sites under load: each knows the others; one that joins late too."""
+    cluster = make_cluster(members=members)
+    async with AsyncExitStack() as stack:
+        a, b, c = [await stack.enter_async_context(Site(name, cluster.endpoints)) for name in "abc"]
+        ending, tasks = await under_load(a, b, c)
+        await until(lambda: min(site.changes for site in (a, b, c)) > 1000, "some load")
+        d = await stack.enter_async_context(Site("d", cluster.endpoints))
+        d.work(50)
+        await ended(ending, tasks)
+        took_s = await converged(a, b, c, d)
+        assert len(d.truth) > 0
+        print(f"{members} members: converged {took_s:.2f} s after the load ended")
+
+
+async def test_leader_killed(make_cluster: MakeCluster) -> None:
+    """kill -9 of the leader under load, twice: nothing is rebuilt."""
+    cluster = make_cluster(members=3)
+    async with Site("a", cluster.endpoints) as a, Site("b", cluster.endpoints) as b:
+        ending, tasks = await under_load(a, b)
+        await until(lambda: b.about(a)["segments"] > 3, "replication")
+        rebuilds = b.about(a)["rebuilds"]
+        slowest_s = 0.0
+        for _ in range(2):
+            leader = cluster.leader()
+            await asyncio.to_thread(cluster.kill, leader)
+            segments = b.about(a)["segments"]
+            slowest_s = max(
+                slowest_s, await until(lambda s=segments: b.about(a)["segments"] > s + 3, "progress")
+            )
+            await asyncio.to_thread(cluster.restart, leader)
+        await ended(ending, tasks)
+        took_s = await converged(a, b)
+        assert b.about(a)["rebuilds"] == rebuilds
+        print(
+            f"first segments {slowest_s:.2f} s after the kill; converged {took_s:.2f} s after the load ended"
+        )
+
+
+@pytest.mark.parametrize("members", [1, 3])
+async def test_all_members_killed(make_cluster: MakeCluster, members: int) -> None:
+    """Without etcd: matches go on, the age grows, nothing is dropped; then it goes on where it was."""
+    cluster = make_cluster(members=members)
+    async with Site("a", cluster.endpoints) as a, Site("b", cluster.endpoints) as b:
+        a.work(200)
+        await converged(a, b)
+        rebuilds, entries = b.about(a)["rebuilds"], b.about(a)["entries"]
+        for index in range(members):
+            await asyncio.to_thread(cluster.kill, index)
+        started_s = time.monotonic()
+        ending, tasks = await under_load(a, b)
+        await until(lambda: b.about(a)["age_s"] > 4, "the age to show the outage")
+        assert b.about(a)["entries"] == entries
+        assert a.server.replication is not None
+        await until(lambda: a.server.replication.trouble, "the writer to say so")
+        for index in range(members):
+            cluster._launch(index)
+        await asyncio.to_thread(cluster.wait_healthy)
+        outage_s = time.monotonic() - started_s
+        await ended(ending, tasks)
+        took_s = await converged(a, b)
+        assert b.about(a)["rebuilds"] == rebuilds, "an outage is no reason to start over"
+        print(f"{members} members away {outage_s:.1f} s; converged {took_s:.2f} s after the load ended")
+
+
+async def test_store_wiped(make_cluster: MakeCluster) -> None:
+    """etcd comes back empty: writers publish all they have again."""
+    cluster = make_cluster()
+    async with Site("a", cluster.endpoints) as a, Site("b", cluster.endpoints) as b:
+        a.work(200)
+        b.work(100)
+        await converged(a, b)
+        cluster.kill(0)
+        cluster.wipe(0)
+        await asyncio.to_thread(cluster.restart, 0)
+        started_s = time.monotonic()
+        a.work(20)
+        await converged(a, b)
+        print(f"converged {time.monotonic() - started_s:.2f} s after the wipe")
+
+
+async def test_quota_alarm(make_cluster: MakeCluster) -> None:
+    """The quota fills up: maintenance compacts, defragments, disarms; what waited is delivered."""
+    cluster = make_cluster(quota_bytes=16 << 20)
+    async with (
+        EtcdClient(EtcdConfig(cluster.endpoints)) as etcd,
+        Site("a", cluster.endpoints, maintenance_s=600.0) as a,
+        Site("b", cluster.endpoints, maintenance_s=600.0) as b,
+    ):
+        a.work(100)
+        await converged(a, b)
+        with pytest.raises(NoSpace):
+            await fill_up(etcd)
+        a.work(100)
+        assert a.server.replication is not None
+        await until(lambda: a.server.replication.trouble == "etcd_no_space", "the writer to notice")
+        started_s = time.monotonic()
+        for site in (a, b):
+            await site.server.replication.maintenance.round()
+        await converged(a, b)
+        cleared = sum(site.server.replication.maintenance.cleared for site in (a, b))
+        assert cleared == 1
+        print(f"converged {time.monotonic() - started_s:.2f} s after the round that cleared the quota")
+
+
+async def test_compaction_behind_a_reader(make_cluster: MakeCluster) -> None:
+    """A reader cut off while history is compacted lists again, and goes on without starting over."""
+    cluster = make_cluster()
+    proxy = await CutProxy(cluster.members[0].client_port).start()
+    async with (
+        EtcdClient(EtcdConfig(cluster.endpoints)) as etcd,
+        Site("a", cluster.endpoints) as a,
+        Site("b", (proxy.endpoint,), live_lease_s=30) as b,
+    ):
+        a.work(100)
+        await converged(a, b)
+        rebuilds = b.about(a)["rebuilds"]
+        proxy.refuses = True
+        proxy.cut()
+        for _ in range(10):
+            a.work(20)
+            await asyncio.sleep(0.1)
+        newest = await etcd.put(b"/x", b"")
+        await etcd.compact(newest, physical=True)
+        proxy.refuses = False
+        took_s = await until(lambda: b.knows(a), "the reader to catch up")
+        assert b.about(a)["rebuilds"] == rebuilds
+        print(f"caught up {took_s:.2f} s after the cut was over")
+    await proxy.close()
+
+
+async def test_member_alone(make_cluster: MakeCluster) -> None:
+    """A reader's only member loses its peers: the age grows, and all is well when they are back."""
+    cluster = make_cluster(members=3)
+    async with Site("a", cluster.endpoints) as a, Site("b", cluster.endpoints[:1], live_lease_s=30) as b:
+        a.work(100)
+        await converged(a, b)
+        rebuilds = b.about(a)["rebuilds"]
+        for index in (1, 2):
+            cluster.stop(index)
+        ending, tasks = await under_load(a)
+        try:
+            await until(lambda: b.about(a)["age_s"] > 4, "the silence to show")
+        finally:
+            for index in (1, 2):
+                cluster.go_on(index)
+        took_s = await until(lambda: b.about(a)["age_s"] < 1, "the reader to hear again")
+        await ended(ending, tasks)
+        await converged(a, b)
+        assert b.about(a)["rebuilds"] == rebuilds
+        print(f"heard again {took_s:.2f} s after the peers were back")
+
+
+async def test_connections_cut(make_cluster: MakeCluster) -> None:
+    """The reader's connection is cut at odd places under load: every segment arrives once, in order."""
+    cluster = make_cluster()
+    proxy = await CutProxy(cluster.members[0].client_port).start()
+    async with Site("a", cluster.endpoints) as a, Site("b", (proxy.endpoint,)) as b:
+        await until(lambda: not b.about(a)["withheld"], "the reader")
+        await until(lambda: b.about(a)["rebuilds"] == 1, "the reader to have the empty log")
+        rebuilds, from_seq = 1, 0
+        ending, tasks = await under_load(a)
+        for number in range(12):
+            proxy.cut_after(700 * number + 1)
+            cuts = proxy.cuts
+            await until(lambda c=cuts: proxy.cuts > c, "the cut")
+        await ended(ending, tasks)
+        took_s = await converged(a, b)
+        about = b.about(a)
+        assert a.server.replication is not None
+        end = a.server.replication.log.end
+        assert b.server.replication.replicas.sites["a"].position == end
+        assert about["segments"] == end.seq - from_seq
+        assert about["rebuilds"] == rebuilds
+        print(f"{proxy.cuts} cuts, {about['segments']} segments; converged {took_s:.2f} s after the load")
+    await proxy.close()
+
+
+async def test_lease_expiry(make_cluster: MakeCluster) -> None:
+    """A site is cut off for longer than its live lease: withheld, kept, offered again, not rebuilt."""
+    cluster = make_cluster()
+    proxy = await CutProxy(cluster.members[0].client_port).start()
+    async with Site("a", (proxy.endpoint,)) as a, Site("b", cluster.endpoints) as b:
+        a.work(100)
+        await converged(a, b)
+        before = b.about(a)
+        chain = max(a._chains, key=len)[:1]
+        proxy.refuses = True
+        proxy.cut()
+        gone_s = await until(lambda: b.about(a)["withheld"] == ["dead"], "the lease to expire")
+        assert all(match.source not in a.sources for match in b.index.match(chain))
+        assert b.about(a)["entries"] == before["entries"]
+        assert b.knows(a)
+        a.work(50)
+        proxy.refuses = False
+        back_s = await converged(a, b)
+        assert b.about(a)["rebuilds"] == before["rebuilds"]
+        print(
+            f"withheld {gone_s:.2f} s after the cut (lease 3 s), offered again {back_s:.2f} s after its end"
+        )
+    await proxy.close()
+
+
+async def test_site_leaves_and_returns(make_cluster: MakeCluster) -> None:
+    """An orderly end is known at once; the next life replaces the one before."""
+    cluster = make_cluster()
+    async with Site("b", cluster.endpoints) as b:
+        async with Site("a", cluster.endpoints) as a:
+            a.work(100)
+            await converged(a, b)
+        gone_s = await until(lambda: b.about(a)["withheld"] == ["dead"], "the site to be gone", timeout_s=2)
+        async with Site("a", cluster.endpoints, seed=1) as again:
+            again.work(50)
+            took_s = await converged(again, b)
+        print(f"withheld after {gone_s:.2f} s, the new life known after {took_s:.2f} s")
+
+
+async def test_standby_takes_over(make_cluster: MakeCluster) -> None:
+    """Two services of one site: one writes; when it is gone, the other does, with what it knows."""
+    cluster = make_cluster()
+    async with Site("b", cluster.endpoints) as b:
+        one = Site("a", cluster.endpoints, name="one")
+        await one.__aenter__()
+        await until(lambda: one.server.replication.presence.held, "the first to be the writer")
+        async with Site("a", cluster.endpoints, name="two") as two:
+            for site in (one, two):
+                site.work(50)  # one seed: both see the same events
+            assert one.truth == two.truth
+            await converged(one, b)
+            assert not two.server.replication.presence.held
+            await one.__aexit__(None, None, None)
+            two.work(20)
+            took_s = await converged(two, b)
+            assert two.server.replication.presence.held
+            print(f"taken over after {took_s:.2f} s")
+
+
+async def test_maintenance_keeps_etcd_small(make_cluster: MakeCluster) -> None:
+    """One of the services is elected, and compacts; readers do not notice."""
+    cluster = make_cluster()
+    async with (
+        EtcdClient(EtcdConfig(cluster.endpoints)) as etcd,
+        Site("a", cluster.endpoints, maintenance_s=0.3) as a,
+        Site("b", cluster.endpoints, maintenance_s=0.3) as b,
+    ):
+        for i in range(1500):
+            await etcd.put(b"/x", b"%d" % i)
+        rounds = [site.server.replication.maintenance for site in (a, b)]
+        await until(lambda: sum(m.compactions for m in rounds) > 0, "a compaction")
+        assert sorted(m.rounds > 0 for m in rounds) == [False, True]
+        a.work(50)
+        await converged(a, b)
+
+
+async def test_stride(make_cluster: MakeCluster) -> None:
+    """With a stride another site's match is rounded down to it, never up."""
+    cluster = make_cluster()
+    publish = {"stride": 8, "min_tokens": 1, "min_seen": 1}
+    async with (
+        Site("a", cluster.endpoints, publish=publish) as a,
+        Site("b", cluster.endpoints, publish=publish) as b,
+    ):
+        a.work(300)
+
+        def agreed() -> bool:
+            coarse = b.server.state.indexes.by_stride.get(8)
+            if coarse is None:
+                return False
+            for chain in a._chains:
+                mine = {m.source: m.blocks // 8 for m in a.index.match(chain) if m.blocks >= 8}
+                theirs = {m.source: m.blocks for m in coarse.match(chain[7::8])}
+                if mine != theirs:
+                    return False
+            return True
+
+        took_s = await until(agreed, "segment-level matches to equal the exact ones")
+        print(f"agreed after {took_s:.2f} s")
+
+
+async def test_malformed_values(shared_etcd: EtcdCluster, client: EtcdClient) -> None:
+    """Garbage in our key space: the site's entries are withheld until its log starts anew; others are not."""
+    async with (
+        Site("a", shared_etcd.endpoints) as a,
+        Site("b", shared_etcd.endpoints) as b,
+        Site("c", shared_etcd.endpoints) as c,
+    ):
+        a.work(50)
+        c.work(50)
+        await converged(a, b, c)
+        log = a.server.replication.log
+        position = log.end
+        keys = log.keys
+        await client.put(keys.prefix + b"log/not-a-number", b"x")
+        await client.put(a.server.replication.presence.key + b"x", b"{}")
+        await client.put(keys.segment(position.epoch, position.seq + 1), b"garbage")
+        await until(lambda: b.about(a)["withheld"] == ["broken"], "the damage to be seen")
+        assert not b.about(c)["withheld"]
+        started_s = time.monotonic()
+        a.work(50)  # the writer finds its place taken, and begins a new epoch
+        await converged(a, b, c)
+        await client.put(keys.head, b"garbage")
+        await until(lambda: b.about(a)["withheld"] == ["broken"], "the damaged head to be seen")
+        await client.put(keys.epoch, b"garbage")
+        a.work(50)
+        await converged(a, b, c)
+        print(f"healed within {time.monotonic() - started_s:.2f} s")
+    await client.delete(KeyRange.prefix(b"/prfaas/"))

@@ -1,0 +1,122 @@
+"""The delta log from service to service: the common contract, then cuts, a death and another stride."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+
+import grpc
+import pytest
+
+from cache_service.core.events import BlocksStored
+from cache_service.core.ids import BlockHash
+from cache_service.core.log import LogEntry, LogPosition
+from cache_service.replication.core.stream import Hello
+from cache_service.replication.peer_stream import DeltaStreamService, PeerReader
+from cache_service.store import DeltaLog, InProcessLog
+from tests.integration.cache_support import free_port
+from tests.integration.delta_log_conformance import DeltaLogConformance
+from tests.integration.etcd_support import CutProxy
+from tests.integration.replication.support import Site, converged, until
+
+
+class Remote(InProcessLog):
+    """Written here, read through gRPC."""
+
+    reader: PeerReader
+
+    def watch(self, after: LogPosition | None) -> AsyncGenerator[LogEntry, None]:  # type: ignore[override]
+        return self.reader.watch(after)
+
+
+class TestPeerStream(DeltaLogConformance):
+    """The same tests as of the log in memory, through a gRPC server."""
+
+    @pytest.fixture
+    async def log(self) -> AsyncIterator[DeltaLog]:
+        written, remote = InProcessLog(), Remote()
+        remote.begin, remote.append, remote.snapshot = written.begin, written.append, written.snapshot  # type: ignore[method-assign]
+        server = grpc.aio.server()
+        DeltaStreamService(written, "ns", Hello("A", 1)).add_to(server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        remote.reader = PeerReader(f"127.0.0.1:{port}", "ns")
+        yield remote
+        await remote.reader.close()
+        await server.stop(0)
+
+
+async def test_refusals() -> None:
+    """Another namespace, and what is no request, are refused; the server goes on."""
+    server = grpc.aio.server()
+    DeltaStreamService(InProcessLog(), "ns", Hello("A", 1)).add_to(server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.unary_stream("/prfaas.cache.v1.DeltaStream/Follow")
+        for request, code in (
+            (b"\xff", grpc.StatusCode.INVALID_ARGUMENT),
+            (b'{"namespace": "ns", "after": [1]}', grpc.StatusCode.INVALID_ARGUMENT),
+            (b'{"namespace": "other"}', grpc.StatusCode.NOT_FOUND),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call(request).read()
+            assert caught.value.code() is code
+    await server.stop(0)
+
+
+def pair(proxy_of_a: CutProxy, port_a: int, port_b: int, **options: object) -> tuple[Site, Site]:
+    a = Site("a", (), listen=f"127.0.0.1:{port_a}", peers={"b": f"127.0.0.1:{port_b}"}, **options)
+    b = Site("b", (), listen=f"127.0.0.1:{port_b}", peers={"a": proxy_of_a.endpoint}, **options)
+    return a, b
+
+
+async def test_cuts_and_a_long_silence() -> None:
+    """Cuts lose nothing and rebuild nothing; silence beyond the lease withholds, its end offers again."""
+    port_a, port_b = free_port(), free_port()
+    proxy = await CutProxy(port_a).start()
+    a, b = pair(proxy, port_a, port_b)
+    async with a, b:
+        a.work(50)
+        b.work(50)
+        await converged(a, b)
+        rebuilds = b.about(a)["rebuilds"]
+        for _ in range(5):
+            proxy.cut()
+            a.work(30)
+            await until(lambda: b.knows(a), "the segments after the cut")
+        proxy.swallows = True
+        a.work(30)
+        gone_s = await until(lambda: b.about(a)["withheld"] == ["dead"], "the silence to be noticed")
+        proxy.swallows = False
+        proxy.cut()
+        back_s = await converged(a, b)
+        assert b.about(a)["rebuilds"] == rebuilds
+        print(f"withheld {gone_s:.2f} s after the silence began, offered {back_s:.2f} s after its end")
+    await proxy.close()
+
+
+async def test_a_new_life_and_another_stride() -> None:
+    """A peer that comes back with segments of another stride is started over from nothing."""
+    port_a, port_b = free_port(), free_port()
+    proxy = await CutProxy(port_a).start()
+    a, b = pair(proxy, port_a, port_b)
+    async with b:
+        async with a:
+            a.work(50)
+            await converged(a, b)
+        again, _ = pair(proxy, port_a, port_b, publish={"stride": 4, "min_tokens": 1, "min_seen": 1})
+        async with again:
+            again.work(50)
+            chain = [BlockHash(10**9 + i) for i in range(42)]
+            again.server.state.apply(again.sources[0], [BlocksStored(tuple(chain), None)])
+            coarse = b.server.state.indexes
+
+            def agreed() -> bool:
+                found = coarse.of(4).match(chain[3::4])
+                return [m.blocks for m in found] == [10] and not b.about(again)["withheld"]
+
+            await until(agreed, "matches at the new stride")
+            assert not [source for source in coarse.of(1).sources() if source in again.sources]
+    await asyncio.sleep(0)
+    await proxy.close()
