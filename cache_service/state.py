@@ -69,15 +69,16 @@ class IndexState:
             raise UnknownNamespace(f"namespace: this service indexes {self.namespace}, not {query.namespace}")
         page_size = self.namespace.page_size
         holders = []
-        for match in self.index.match(query.hashes):
-            matched = match.blocks * page_size
+        limit = usable_tokens(len(query.hashes) * page_size, query.total_tokens, page_size)
+        for match in self.index.match(query.hashes, limit // page_size):
+            matched = match.matched * page_size
             holders.append(
                 Holder(
                     worker_id=match.source.worker_id,
                     site=self._sites[match.source],
                     dp_rank=match.source.dp_rank,
                     matched_tokens=matched,
-                    usable_tokens=usable_tokens(matched, query.total_tokens, page_size),
+                    usable_tokens=match.usable * page_size,
                 )
             )
         return holders
