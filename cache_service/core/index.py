@@ -52,10 +52,11 @@ from cache_service.core.index_types import Applied, IndexCounts, Match, Needs, b
 
 __all__ = ["Applied", "IndexCounts", "Match", "Needs", "PrefixIndex", "best_per_site"]
 
-#: Estimates for CPython 3.11 (tests/unit/cache_service/test_index_memory.py holds them against the truth):
-#: a block with its parent and child entries, a row of a tier's or group's dict.
-BLOCK_BYTES = 190
+#: Estimates for CPython 3.11, held against the truth by tests/unit/cache_service/test_index.py: a block with
+#: its parent and child entries; a row of a tier's or group's dict; one holder's entry in a group.
+BLOCK_BYTES = 130
 ROW_BYTES = 70
+GROUP_ENTRY_BYTES = 45
 
 
 class PrefixIndex:
@@ -214,8 +215,12 @@ class PrefixIndex:
     @property
     def bytes_estimate(self) -> int:
         """What the content takes, about; the budget is held against this."""
-        rows = sum(map(len, self._tables()))
-        return BLOCK_BYTES * len(self._chains.parent) + (ROW_BYTES + len(self._sources) // 8) * rows
+        rows = sum(map(len, (*self._active, *self._group_tables())))
+        return (
+            BLOCK_BYTES * len(self._chains.parent)
+            + (ROW_BYTES + len(self._sources) // 8) * rows
+            + GROUP_ENTRY_BYTES * sum(self._group_entries)
+        )
 
     def nodes(self) -> int:
         """Return how many radix nodes (maximal runs of equal holders) the blocks make; O(blocks)."""
@@ -304,8 +309,6 @@ class PrefixIndex:
     def check(self) -> None:
         """Raise AssertionError unless every invariant holds; O(entries)."""
         index_check.check(self)
-
-    # -- changes, inside -------------------------------------------------------------------------------------
 
     def _store(self, slot: int, event: BlocksStored) -> Applied:
         bit = 1 << slot
@@ -432,7 +435,7 @@ class PrefixIndex:
             block = self._queue.pop(self._chains.is_leaf)
             if block is None:
                 # States of blocks that nobody holds, and cycles of lies: nothing that a match could use.
-                block = next((block for table in self._tables() for block in table), None)
+                block = next((b for table in (*self._active, *self._group_tables()) for b in table), None)
                 if block is None:
                     return
             self._evict(block)
@@ -456,8 +459,6 @@ class PrefixIndex:
             self._forget(block)
         self._settle()
 
-    # -- questions, inside -----------------------------------------------------------------------------------
-
     def _slot_of(self, source: SourceId) -> int:
         slot = self._slot.get(source)
         if slot is None:
@@ -476,10 +477,6 @@ class PrefixIndex:
 
     def _group_tables(self) -> Iterator[Held]:
         return (held for tiers in self._groups.values() for held in tiers.values() if held)
-
-    def _tables(self) -> Iterator[Held]:
-        yield from self._active
-        yield from self._group_tables()
 
     def _holders(self, block: BlockHash) -> int:
         mask = 0

@@ -42,7 +42,9 @@ def _check_blocks(index: PrefixIndex) -> None:
     children = {p: c if isinstance(c, set) else {c} for p, c in index._chains.children.items()}
     assert children == inverse, "children are not the inverse of parents"
     assert all(len(c) > 1 for c in index._chains.children.values() if isinstance(c, set))
-    assert all(mask > 0 for held in index._tables() for mask in held.values()), "an empty bitset"
+    assert all(mask > 0 for held in (*index._active, *index._group_tables()) for mask in held.values()), (
+        "an empty bitset"
+    )
 
 
 def _check_holder(index: PrefixIndex, slot: int) -> None:
