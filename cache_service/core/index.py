@@ -94,8 +94,6 @@ class PrefixIndex:
         self._queue = LeafQueue() if budget_bytes else None
         self._evicted = 0
 
-    # -- holders ---------------------------------------------------------------------------------------------
-
     @property
     def revision(self) -> int:
         """Grows with every change that a `match` could see."""
@@ -155,8 +153,6 @@ class PrefixIndex:
         """Undo `quarantine`."""
         self._quarantined &= ~(1 << self._slot_of(source))
         self._revision += 1
-
-    # -- questions -------------------------------------------------------------------------------------------
 
     def match(self, hashes: Sequence[BlockHash], limit_blocks: int | None = None) -> list[Match]:
         """Return every holder of a non-empty prefix of `hashes`, deepest first, then by name.
@@ -225,8 +221,6 @@ class PrefixIndex:
     def nodes(self) -> int:
         """Return how many radix nodes (maximal runs of equal holders) the blocks make; O(blocks)."""
         return sum(1 for held in self._tiers.values() for _ in index_dump.runs(self, held))
-
-    # -- changes ---------------------------------------------------------------------------------------------
 
     def apply(self, source: SourceId, event: Event) -> Applied:
         """Change the index by one event of a registered holder.

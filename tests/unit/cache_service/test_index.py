@@ -177,7 +177,7 @@ def test_best_holder_of_each_site() -> None:
 
 def test_budget_evicts_the_leaf_used_longest_ago() -> None:
     """What was matched last stays; a chain goes from its end."""
-    index = PrefixIndex(budget_bytes=20_000)
+    index = PrefixIndex(budget_bytes=15_000)
     index.add(A)
     for first in range(0, 60, 10):
         index.apply(A, BlocksStored(chain(*range(first, first + 10)), None))
@@ -188,7 +188,7 @@ def test_budget_evicts_the_leaf_used_longest_ago() -> None:
     assert index.match(chain(*range(10)))[0].matched == 10
     left = index.match(chain(*range(10, 20)))
     assert not left or left[0].matched < 10
-    assert index.bytes_estimate <= 20_000
+    assert index.bytes_estimate <= 15_000
     index.check()
 
 
@@ -198,14 +198,14 @@ def test_budget_smaller_than_an_event() -> None:
     index.add(A)
     index.apply(A, BlocksStored(chain(*range(50)), None))
     (match,) = index.match(chain(*range(50)))
-    assert 0 < match.matched < 5
+    assert 0 < match.matched <= 5
     index.apply(A, GroupStored(Group.STATE, chain(*range(1000, 1100))))
     index.check()
 
 
 def test_cycle_of_lies_is_evicted() -> None:
     """Blocks that claim each other as parent have no leaf, and go all the same."""
-    index = PrefixIndex(budget_bytes=400)
+    index = PrefixIndex(budget_bytes=300)
     index.add(A)
     index.apply(A, BlocksStored(chain(1), BlockHash(2)))
     index.apply(A, BlocksStored(chain(2), BlockHash(1)))
