@@ -89,16 +89,16 @@ class IndexState:
             raise UnknownNamespace(f"namespace: this service indexes {self.namespace}, not {query.namespace}")
         page_size = self.namespace.page_size
         holders = []
+        limit = usable_tokens(len(query.hashes) * page_size, query.total_tokens, page_size) // page_size
         for stride, index in self.indexes.by_stride.items():
-            for match in index.match(query.hashes[stride - 1 :: stride]):
-                matched = match.blocks * stride * page_size
+            for match in index.match(query.hashes[stride - 1 :: stride], limit // stride):
                 holders.append(
                     Holder(
                         worker_id=match.source.worker_id,
                         site=self.claims.site_of(match.source),
                         dp_rank=match.source.dp_rank,
-                        matched_tokens=matched,
-                        usable_tokens=usable_tokens(matched, query.total_tokens, page_size),
+                        matched_tokens=match.matched * stride * page_size,
+                        usable_tokens=match.usable * stride * page_size,
                     )
                 )
         if len(self.indexes.by_stride) > 1:

@@ -15,7 +15,16 @@ import struct
 from collections.abc import Iterable, Sequence
 
 from cache_service.core.errors import ConfigError, RemoteProtocolError
-from cache_service.core.events import AllCleared, BlocksRemoved, BlocksStored, Event, Tier
+from cache_service.core.events import (
+    AllCleared,
+    BlocksRemoved,
+    BlocksStored,
+    Event,
+    Group,
+    GroupRemoved,
+    GroupStored,
+    Tier,
+)
 from cache_service.core.ids import BlockHash, SourceId, WorkerId, parse_name
 
 Change = tuple[SourceId, Event]
@@ -26,6 +35,13 @@ _SOURCE_TAIL = struct.Struct("<H")
 _CHANGE = struct.Struct("<HBBI")
 _PARENT = struct.Struct("<q")
 _ROOT, _BELOW, _REMOVED, _CLEARED = range(4)
+_GROUP_KINDS: dict[type[GroupStored | GroupRemoved], dict[Group, int]] = {
+    GroupStored: {Group.STATE: 4, Group.SWA: 6},
+    GroupRemoved: {Group.STATE: 5, Group.SWA: 7},
+}
+_OF_GROUP_KIND = {
+    kind: (make, group) for make, kinds in _GROUP_KINDS.items() for group, kind in kinds.items()
+}
 
 
 def encode(changes: Sequence[Change]) -> bytes:
@@ -60,6 +76,9 @@ def _encode_change(slot: int, event: Event) -> bytes:
             return _CHANGE.pack(slot, _BELOW, tier, len(hashes)) + _PARENT.pack(parent) + _pack(hashes)
         case BlocksRemoved(hashes, tier):
             return _CHANGE.pack(slot, _REMOVED, tier, len(hashes)) + _pack(hashes)
+        case GroupStored(group, hashes, tier) | GroupRemoved(group, hashes, tier):
+            kind = _GROUP_KINDS[type(event)][group]
+            return _CHANGE.pack(slot, kind, tier, len(hashes)) + _pack(hashes)
         case AllCleared():
             return _CHANGE.pack(slot, _CLEARED, 0, 0)
 
@@ -107,4 +126,7 @@ def _event(kind: int, hashes: tuple[BlockHash, ...], parent: BlockHash | None, t
         return BlocksRemoved(hashes, tier)
     if kind == _CLEARED and not hashes:
         return AllCleared()
+    if kind in _OF_GROUP_KIND:
+        make, group = _OF_GROUP_KIND[kind]
+        return make(group, hashes, tier)
     raise ValueError(f"change kind {kind} with {len(hashes)} hashes")

@@ -5,14 +5,14 @@ checks again. It must not know how events travel (`wire/kv_events.py` decodes SG
 
 The outside fact: SGLang 0.5.21 `srt/disaggregation/kv_events.py`. A BlocksStored is a run of consecutive
 blocks below `parent`; the same block is stored once per tier that gets a copy and removed once per tier
-that loses it.
+that loses it. Its events say nothing about states and windows; our plugin's do (GroupStored, GroupRemoved).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 
 from cache_service.core.errors import RemoteProtocolError
 from cache_service.core.ids import BlockHash
@@ -29,6 +29,17 @@ class Tier(IntEnum):
     HOST = 1
     DISK = 2
     EXTERNAL = 3
+
+
+class Group(StrEnum):
+    """What a hybrid model keeps beside the full-attention blocks, which BlocksStored is about.
+
+    STATE is a snapshot of the linear layers' state at the boundary behind a block; SWA says that the block's
+    sliding-window KV is present.
+    """
+
+    STATE = "state"
+    SWA = "swa"
 
 
 #: SGLang's StorageMedium values, and "CPU" as vLLM writes it; no medium means the device.
@@ -75,7 +86,33 @@ class AllCleared:
     """A worker holds nothing any more, in no tier."""
 
 
-Event = BlocksStored | BlocksRemoved | AllCleared
+@dataclass(frozen=True, slots=True)
+class GroupStored:
+    """A worker holds `group` at each of `hashes` in `tier`; the blocks need not be one chain."""
+
+    group: Group
+    hashes: tuple[BlockHash, ...]
+    tier: Tier = Tier.GPU
+
+    def __post_init__(self) -> None:
+        _check_group("group_stored", self.group)
+        _check_hashes("group_stored", self.hashes)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRemoved:
+    """A worker no longer holds `group` at `hashes` in `tier`."""
+
+    group: Group
+    hashes: tuple[BlockHash, ...]
+    tier: Tier = Tier.GPU
+
+    def __post_init__(self) -> None:
+        _check_group("group_removed", self.group)
+        _check_hashes("group_removed", self.hashes)
+
+
+Event = BlocksStored | BlocksRemoved | GroupStored | GroupRemoved | AllCleared
 
 
 def stored(
@@ -109,6 +146,13 @@ def _tier(medium: str | None) -> Tier:
         known = ", ".join(str(name) for name in TIER_OF_MEDIUM if name)
         raise RemoteProtocolError(f"medium: {medium!r} is not one of {known}", reason="medium")
     return tier
+
+
+def _check_group(field: str, group: str) -> None:
+    if group not in tuple(Group):
+        raise RemoteProtocolError(
+            f"{field}.group: {group!r} is not one of {', '.join(Group)}", reason="group"
+        )
 
 
 def _check_hashes(field: str, hashes: tuple[BlockHash, ...]) -> None:

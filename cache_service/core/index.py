@@ -3,79 +3,96 @@
 Decides what `match` answers; it must not guess: a block counts for a holder only while an event said so and
 none took it back, and a prefix ends at the first block that its holder lacks, whatever lies behind.
 
-Shape. Per tier one dict from block hash to a bitset of holders (bit = slot of the holder). Beside it the
-parent of every held block and its known children, which serve one purpose: to count, per holder, the
-**orphans**, its blocks whose parent it does not hold. A holder without orphans is downward closed, so along
-a chain of hashes "holds block i" is monotone and its depth is found by bisection; only holders with orphans
-(a lost event, an inner block evicted) are walked block by block. Both give the longest contiguous prefix;
-the walk costs O(n), the bisection O(k log n) for k different depths.
+Shape. Per tier one dict from block hash to a bitset of holders (bit = slot of the holder), and likewise per
+tier for each of the groups beside full attention (`Group`: states, windows). Beside them the parent of every
+held block and its known children, which serve two purposes. Per holder they give the **tops**, its blocks
+whose parent it does not hold; from those every block of one holder is reached without looking at others'.
+A top that has a parent is an **orphan**. A holder without orphans is downward closed, so along a chain of
+hashes "holds block i" is monotone and its depth is found by bisection; only holders with orphans (a lost
+event, an inner block evicted) are walked block by block. The walk costs O(n), the bisection O(k log n) for k
+different depths. What of a prefix is usable: core/index_search.py.
 
 The outside fact: a block's hash covers its whole prefix (core/blocks.py), so a hash has one parent. An
 event that names another is refused for that block and counted (`Applied.conflicts`).
+
+Group entries stand for themselves: a state may be known before its block is, or outlive it; `match` counts
+it only inside a matched prefix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
-from cache_service.core.errors import LocalProtocolError
-from cache_service.core.events import AllCleared, BlocksRemoved, BlocksStored, Event, Tier
+from cache_service.core import index_check, index_dump
+from cache_service.core.errors import ConfigError, LocalProtocolError
+from cache_service.core.events import (
+    AllCleared,
+    BlocksRemoved,
+    BlocksStored,
+    Event,
+    Group,
+    GroupRemoved,
+    GroupStored,
+    Tier,
+)
 from cache_service.core.ids import BlockHash, SourceId
+from cache_service.core.index_chains import Chains
+from cache_service.core.index_lru import LeafQueue
+from cache_service.core.index_search import (
+    Held,
+    Probe,
+    bisect,
+    bits,
+    discard,
+    probe_any,
+    usable_by_slot,
+    walk,
+)
+from cache_service.core.index_types import Applied, IndexCounts, Match, Needs, best_per_site
 
+__all__ = ["Applied", "IndexCounts", "Match", "Needs", "PrefixIndex", "best_per_site"]
 
-@dataclass(frozen=True, slots=True)
-class Match:
-    """One holder's longest contiguous prefix of a query."""
-
-    source: SourceId
-    blocks: int
-
-
-@dataclass(frozen=True, slots=True)
-class Applied:
-    """What an event changed, in (block, tier) entries of one holder.
-
-    Attributes:
-        stored: entries that are new.
-        removed: entries that are gone.
-        unchanged: stored again or removed though absent: a duplicate, or an event was lost.
-        conflicts: blocks refused because the index knows them under another parent.
-    """
-
-    stored: int = 0
-    removed: int = 0
-    unchanged: int = 0
-    conflicts: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class IndexCounts:
-    """Distinct blocks, (block, holder, tier) entries, holders, and blocks held without their parent."""
-
-    blocks: int
-    entries: int
-    holders: int
-    orphans: int
+#: Estimates for CPython 3.11, held against the truth by tests/unit/cache_service/test_index.py: a block with
+#: its parent and child entries; a row of a tier's or group's dict; one holder's entry in a group.
+BLOCK_BYTES = 130
+ROW_BYTES = 70
+GROUP_ENTRY_BYTES = 45
 
 
 class PrefixIndex:
-    """Blocks of one namespace and who holds them. Not thread-safe; every method is synchronous."""
+    """Blocks of one namespace and who holds them. Not thread-safe; every method is synchronous.
 
-    def __init__(self) -> None:
-        self._tiers: dict[Tier, dict[BlockHash, int]] = {tier: {} for tier in Tier}
+    `budget_bytes` bounds the estimate of what it takes; above it, the leaf blocks used longest ago (by a
+    store or a match) are forgotten, for all holders. 0 for no bound. Raises ConfigError for less.
+    """
+
+    def __init__(self, *, budget_bytes: int = 0) -> None:
+        if budget_bytes < 0:
+            raise ConfigError(f"budget_bytes: {budget_bytes} is negative; give a number of bytes, 0 for none")
+        self._tiers: dict[Tier, Held] = {tier: {} for tier in Tier}
+        self._groups: dict[Group, dict[Tier, Held]] = {g: {tier: {} for tier in Tier} for g in Group}
         #: The tiers that hold anything: what a probe of `match` has to look at.
-        self._active: tuple[dict[BlockHash, int], ...] = ()
-        self._parent: dict[BlockHash, BlockHash | None] = {}
-        #: The one known child, or a set of two or more (most blocks have one; a set costs 216 bytes).
-        self._children: dict[BlockHash, BlockHash | set[BlockHash]] = {}
+        self._active: tuple[Held, ...] = ()
+        self._chains = Chains()
         self._slot: dict[SourceId, int] = {}
         self._sources: list[SourceId | None] = []
+        #: By slot: the holder's place in the order of names.
+        self._rank: list[int] = []
+        self._tops: list[set[BlockHash]] = []
         self._orphans: list[int] = []
+        self._blocks: list[int] = []
         self._entries: list[int] = []
+        #: By slot: blocks at which the holder has an entry of a group, and how many entries.
+        self._grouped: list[set[BlockHash]] = []
+        self._group_entries: list[int] = []
+        #: Holders by what their model needs, where that is anything.
+        self._needs: dict[Needs, int] = {}
         self._with_orphans = 0
         self._quarantined = 0
         self._revision = 0
+        self._budget_bytes = budget_bytes
+        self._queue = LeafQueue() if budget_bytes else None
+        self._evicted = 0
 
     @property
     def revision(self) -> int:
@@ -87,7 +104,7 @@ class PrefixIndex:
         return tuple(source for source in self._sources if source is not None)
 
     def add(self, source: SourceId) -> None:
-        """Register a holder that holds nothing yet; no effect when it is registered."""
+        """Register a holder that holds nothing yet; no effect when it is registered. O(holders)."""
         if source in self._slot:
             return
         if None in self._sources:
@@ -96,16 +113,35 @@ class PrefixIndex:
         else:
             slot = len(self._sources)
             self._sources.append(source)
-            self._orphans.append(0)
-            self._entries.append(0)
+            for numbers in (self._rank, self._orphans, self._blocks, self._entries, self._group_entries):
+                numbers.append(0)
+            self._tops.append(set())
+            self._grouped.append(set())
         self._slot[source] = slot
+        for rank, name in enumerate(sorted(self._slot)):
+            self._rank[self._slot[name]] = rank
+
+    def declare(self, source: SourceId, needs_state: bool, swa_window_blocks: int) -> None:
+        """Say what a holder's model needs beside full-attention blocks; until then, nothing.
+
+        Raises ConfigError for a negative window, LocalProtocolError when `source` was not added.
+        """
+        if swa_window_blocks < 0:
+            raise ConfigError(f"swa_window_blocks: {swa_window_blocks} is negative; give blocks, 0 for none")
+        slot = self._slot_of(source)
+        self._forget_needs(1 << slot)
+        needs = Needs(needs_state, swa_window_blocks)
+        if needs != Needs():
+            self._needs[needs] = self._needs.get(needs, 0) | 1 << slot
+        self._revision += 1
 
     def drop(self, source: SourceId) -> int:
-        """Forget a holder and what it holds; return how many entries went. O(blocks of all holders)."""
+        """Forget a holder and what it holds; return how many entries went. O(its blocks)."""
         gone = self.clear(source)
         slot = self._slot.pop(source)
         self._sources[slot] = None
         self._quarantined &= ~(1 << slot)
+        self._forget_needs(1 << slot)
         return gone
 
     def quarantine(self, source: SourceId) -> None:
@@ -118,39 +154,39 @@ class PrefixIndex:
         self._quarantined &= ~(1 << self._slot_of(source))
         self._revision += 1
 
-    def apply(self, source: SourceId, event: Event) -> Applied:
-        """Change the index by one event of a registered holder.
-
-        Cost: O(blocks in the event), or O(blocks of all holders) for AllCleared.
-        Raises LocalProtocolError when `source` was not added.
-        """
-        match event:
-            case BlocksStored():
-                applied = self._store(self._slot_of(source), event)
-            case BlocksRemoved():
-                applied = self._remove(self._slot_of(source), event)
-            case AllCleared():
-                applied = Applied(removed=self.clear(source))
-        if applied.stored or applied.removed:
-            self._revision += 1
-        return applied
-
-    def match(self, hashes: Sequence[BlockHash]) -> list[Match]:
+    def match(self, hashes: Sequence[BlockHash], limit_blocks: int | None = None) -> list[Match]:
         """Return every holder of a non-empty prefix of `hashes`, deepest first, then by name.
 
-        `hashes` is one chain: each is the block hash below the one before it.
+        `hashes` is one chain: each is the block hash below the one before it. `usable` is at most
+        `limit_blocks` (a request computes its last token itself); None for no limit.
         """
         if not hashes:
             return []
         first = self._holders(hashes[0]) & ~self._quarantined
-        found: list[Match] = []
+        if not first:
+            return []
+        # One tier is the common case: then a probe is one look into its dict.
+        probe = self._active[0].get if len(self._active) == 1 else self._holders
+        depths: dict[int, int] = {}
         walked = first & self._with_orphans
         if walked:
-            self._walk(hashes, walked, found)
-        bisected = first & ~walked
-        if bisected:
-            self._bisect(hashes, bisected, found)
-        found.sort(key=lambda match: (-match.blocks, match.source))
+            walk(hashes, probe, walked, depths)
+        if first != walked:
+            bisect(hashes, probe, first & ~walked, depths)
+        limit = len(hashes) if limit_blocks is None else max(0, limit_blocks)
+        hybrid: dict[int, int] = {}
+        for needs, members in self._needs.items():
+            # Without any entry of a group there is no boundary to look for.
+            able = sum(1 << slot for slot in bits(members & first) if self._grouped[slot])
+            probes = (self._probe_group(group) for group in (Group.STATE, Group.SWA))
+            hybrid |= usable_by_slot(hashes, limit, depths, (needs, members, able), *probes)
+        found: list[Match] = []
+        for depth in sorted(depths, reverse=True):
+            usable = min(depth, limit)
+            for slot in self._by_name(depths[depth]):
+                found.append(Match(self._source_at(slot), depth, hybrid.get(slot, usable)))
+        if self._queue is not None:
+            self._queue.touch(hashes[found[0].matched - 1])
         return found
 
     def held_blocks(self, source: SourceId) -> int:
@@ -160,27 +196,74 @@ class PrefixIndex:
     def counts(self) -> IndexCounts:
         """Return the sizes; O(holders)."""
         return IndexCounts(
-            blocks=len(self._parent),
+            blocks=len(self._chains.parent),
             entries=sum(self._entries),
             holders=len(self._slot),
             orphans=sum(self._orphans),
+            group_entries=sum(self._group_entries),
         )
 
-    def clear(self, source: SourceId) -> int:
-        """Remove all that a holder holds; return how many entries went. O(blocks of all holders)."""
+    @property
+    def evicted_blocks(self) -> int:
+        """Blocks forgotten to keep the budget, ever."""
+        return self._evicted
+
+    @property
+    def bytes_estimate(self) -> int:
+        """What the content takes, about; the budget is held against this."""
+        rows = sum(map(len, (*self._active, *self._group_tables())))
+        return (
+            BLOCK_BYTES * len(self._chains.parent)
+            + (ROW_BYTES + len(self._sources) // 8) * rows
+            + GROUP_ENTRY_BYTES * sum(self._group_entries)
+        )
+
+    def nodes(self) -> int:
+        """Return how many radix nodes (maximal runs of equal holders) the blocks make; O(blocks)."""
+        return sum(1 for held in self._tiers.values() for _ in index_dump.runs(self, held))
+
+    def apply(self, source: SourceId, event: Event) -> Applied:
+        """Change the index by one event of a registered holder.
+
+        Cost: O(blocks in the event), or O(blocks of the holder) for AllCleared.
+        Raises LocalProtocolError when `source` was not added.
+        """
         slot = self._slot_of(source)
-        gone = self._entries[slot]
+        match event:
+            case BlocksStored():
+                applied = self._store(slot, event)
+            case BlocksRemoved():
+                applied = self._remove(slot, event)
+            case GroupStored():
+                applied = self._store_group(slot, event)
+            case GroupRemoved():
+                applied = self._remove_group(slot, event)
+            case AllCleared():
+                return Applied(removed=self.clear(source))
+        if applied.stored or applied.removed:
+            self._revision += 1
+        if self._queue is not None:
+            self._evict_to_budget()
+        return applied
+
+    def clear(self, source: SourceId) -> int:
+        """Remove all that a holder holds; return how many entries went. O(its blocks)."""
+        slot = self._slot_of(source)
+        gone = self._entries[slot] + self._group_entries[slot]
         if not gone:
             return 0
         bit = 1 << slot
-        for held in self._tiers.values():
-            mine = [block for block, mask in held.items() if mask & bit]
-            for block in mine:
-                self._discard(held, block, bit)
-                if not self._holders(block):
-                    self._forget(block)
-        self._entries[slot] = 0
-        self._orphans[slot] = 0
+        for block in self._held_by(slot):
+            for held in self._active:
+                discard(held, block, bit)
+            if not self._holders(block):
+                self._forget(block)
+        for block in self._grouped[slot]:
+            for held in self._group_tables():
+                discard(held, block, bit)
+        self._tops[slot].clear()
+        self._grouped[slot].clear()
+        self._orphans[slot] = self._blocks[slot] = self._entries[slot] = self._group_entries[slot] = 0
         self._with_orphans &= ~bit
         self._settle()
         self._revision += 1
@@ -188,79 +271,51 @@ class PrefixIndex:
 
     def copy(self) -> PrefixIndex:
         """Return an index of its own with the same content: some 0.1 us a block, far less than a dump."""
-        other = PrefixIndex()
+        other = PrefixIndex(budget_bytes=self._budget_bytes)
         other._tiers = {tier: held.copy() for tier, held in self._tiers.items()}
+        other._groups = {g: {tier: held.copy() for tier, held in t.items()} for g, t in self._groups.items()}
         other._settle()
-        other._parent = self._parent.copy()
-        other._children = self._children.copy()
-        other._children.update({p: c.copy() for p, c in self._children.items() if isinstance(c, set)})
+        other._chains = self._chains.copy()
         other._slot = self._slot.copy()
         other._sources = self._sources.copy()
+        other._rank = self._rank.copy()
+        other._tops = [tops.copy() for tops in self._tops]
         other._orphans = self._orphans.copy()
+        other._blocks = self._blocks.copy()
         other._entries = self._entries.copy()
+        other._grouped = [grouped.copy() for grouped in self._grouped]
+        other._group_entries = self._group_entries.copy()
+        other._needs = self._needs.copy()
         other._with_orphans = self._with_orphans
         other._quarantined = self._quarantined
         other._revision = self._revision
+        other._queue = self._queue.copy() if self._queue is not None else None
+        other._evicted = self._evicted
         return other
 
-    def dump(self) -> Iterator[tuple[SourceId, BlocksStored]]:
-        """Yield events that rebuild the index in an empty one: path-compressed runs of equal holders.
+    def dump(self) -> Iterator[tuple[SourceId, BlocksStored | GroupStored]]:
+        """Yield events that rebuild the content in an empty index: path-compressed runs of equal holders.
 
         The index must not change before the iterator ends. O(entries).
         """
-        for tier, held in self._tiers.items():
-            runs = list(self._runs(held))
-            if sum(map(len, runs)) != len(held):
-                # Only lies make a cycle of parents, which no run reaches: dump its blocks one by one.
-                reached = {block for run in runs for block in run}
-                runs.extend([block] for block in held if block not in reached)
-            for run in runs:
-                event = BlocksStored(tuple(run), self._parent[run[0]], tier)
-                for slot in _bits(held[run[0]]):
-                    yield self._source_at(slot), event
+        return index_dump.dump(self)
 
     def check(self) -> None:
         """Raise AssertionError unless every invariant holds; O(entries)."""
-        held_anywhere: set[BlockHash] = set().union(*self._tiers.values())
-        assert held_anywhere == set(self._parent), "a parent entry for a block that nobody holds, or none"
-        assert self._active == tuple(held for held in self._tiers.values() if held)
-        inverse: dict[BlockHash, set[BlockHash]] = {}
-        for block, parent in self._parent.items():
-            assert parent != block
-            if parent is not None:
-                inverse.setdefault(parent, set()).add(block)
-        children = {p: c if isinstance(c, set) else {c} for p, c in self._children.items()}
-        assert children == inverse, "children are not the inverse of parents"
-        assert all(len(c) > 1 for c in self._children.values() if isinstance(c, set))
-        assert all(mask > 0 for held in self._tiers.values() for mask in held.values()), "an empty bitset"
-        assert all(self._sources[slot] == source for source, slot in self._slot.items())
-        for slot, source in enumerate(self._sources):
-            bit = 1 << slot
-            entries = sum(1 for held in self._tiers.values() for mask in held.values() if mask & bit)
-            orphans = sum(
-                1
-                for block, parent in self._parent.items()
-                if parent is not None and self._holders(block) & bit and not self._holders(parent) & bit
-            )
-            assert entries == self._entries[slot], f"{source}: {entries} entries, not {self._entries[slot]}"
-            assert orphans == self._orphans[slot], f"{source}: {orphans} orphans, not {self._orphans[slot]}"
-            assert bool(self._with_orphans & bit) == bool(orphans)
-            assert source is not None or (not entries and not self._quarantined & bit)
-
-    # -- changes ---------------------------------------------------------------------------------------------
+        index_check.check(self)
 
     def _store(self, slot: int, event: BlocksStored) -> Applied:
         bit = 1 << slot
         held = self._tiers[event.tier]
         parent = event.parent
-        stored = unchanged = 0
+        stored = unchanged = conflicts = 0
         self._settle(held)
         for position, block in enumerate(event.hashes):
-            known = self._parent.get(block, _ABSENT)
+            known = self._chains.parent.get(block, _ABSENT)
             if known is not _ABSENT and known != parent:
                 # The rest of the run hangs below a refused block: refuse it too.
-                self._count(slot, stored)
-                return Applied(stored, 0, unchanged, conflicts=len(event.hashes) - position)
+                conflicts = len(event.hashes) - position
+                break
             mask = held.get(block, 0)
             if mask & bit:
                 unchanged += 1
@@ -269,71 +324,91 @@ class PrefixIndex:
                 held[block] = mask | bit
                 stored += 1
             parent = block
+        if self._queue is not None and parent in self._chains.parent:
+            self._queue.touch(parent)
+            if self._chains.is_leaf(parent):
+                self._queue.leaf(parent, 0)
         self._count(slot, stored)
-        return Applied(stored, 0, unchanged)
+        return Applied(stored, 0, unchanged, conflicts)
 
     def _gain(self, slot: int, block: BlockHash, parent: BlockHash | None) -> None:
         """Note that a holder is about to hold `block` in one more tier."""
         bit = 1 << slot
-        if block not in self._parent:
-            self._parent[block] = parent
-            if parent is not None:
-                self._adopt(parent, block)
-        if self._holders(block) & bit:
+        if block not in self._chains.parent:
+            self._chains.add(block, parent)
+        elif self._holders(block) & bit:
             return
-        if parent is not None and not self._holders(parent) & bit:
+        self._blocks[slot] += 1
+        if parent is None:
+            self._tops[slot].add(block)
+        elif not self._holders(parent) & bit:
+            self._tops[slot].add(block)
             self._orphans[slot] += 1
-        self._orphans[slot] -= self._children_held(block, bit)
+        for child in self._children_held(block, bit):
+            self._tops[slot].discard(child)
+            self._orphans[slot] -= 1
+
+    def _lose(self, slot: int, block: BlockHash) -> None:
+        """Note that a holder has `block` in no tier any more."""
+        bit = 1 << slot
+        tops = self._tops[slot]
+        self._blocks[slot] -= 1
+        if block in tops:
+            tops.discard(block)
+            if self._chains.parent[block] is not None:
+                self._orphans[slot] -= 1
+        for child in self._children_held(block, bit):
+            tops.add(child)
+            self._orphans[slot] += 1
 
     def _remove(self, slot: int, event: BlocksRemoved) -> Applied:
         bit = 1 << slot
         held = self._tiers[event.tier]
         gone = 0
         for block in event.hashes:
-            if not held.get(block, 0) & bit:
+            if not discard(held, block, bit):
                 continue
-            self._discard(held, block, bit)
             gone += 1
             holders = self._holders(block)
-            if holders & bit:
-                continue
-            parent = self._parent[block]
-            if parent is not None and not self._holders(parent) & bit:
-                self._orphans[slot] -= 1
-            self._orphans[slot] += self._children_held(block, bit)
+            if not holders & bit:
+                self._lose(slot, block)
             if not holders:
                 self._forget(block)
         self._count(slot, -gone)
         return Applied(0, gone, len(event.hashes) - gone)
 
-    def _discard(self, held: dict[BlockHash, int], block: BlockHash, bit: int) -> None:
-        rest = held[block] & ~bit
-        if rest:
-            held[block] = rest
-        else:
-            del held[block]
+    def _store_group(self, slot: int, event: GroupStored) -> Applied:
+        bit = 1 << slot
+        held = self._groups[event.group][event.tier]
+        stored = 0
+        for block in event.hashes:
+            mask = held.get(block, 0)
+            if not mask & bit:
+                held[block] = mask | bit
+                self._grouped[slot].add(block)
+                stored += 1
+        self._group_entries[slot] += stored
+        return Applied(stored, 0, len(event.hashes) - stored)
+
+    def _remove_group(self, slot: int, event: GroupRemoved) -> Applied:
+        bit = 1 << slot
+        held = self._groups[event.group][event.tier]
+        gone = 0
+        for block in event.hashes:
+            if discard(held, block, bit):
+                gone += 1
+                if not any(other.get(block, 0) & bit for other in self._group_tables()):
+                    self._grouped[slot].discard(block)
+        self._group_entries[slot] -= gone
+        return Applied(0, gone, len(event.hashes) - gone)
 
     def _forget(self, block: BlockHash) -> None:
-        """Drop what is known of a block that nobody holds any more; its children keep naming it."""
-        parent = self._parent.pop(block)
-        if parent is None:
-            return
-        siblings = self._children[parent]
-        if isinstance(siblings, set):
-            siblings.discard(block)
-            if len(siblings) == 1:
-                self._children[parent] = siblings.pop()
-        else:
-            del self._children[parent]
-
-    def _adopt(self, parent: BlockHash, block: BlockHash) -> None:
-        siblings = self._children.get(parent)
-        if siblings is None:
-            self._children[parent] = block
-        elif isinstance(siblings, set):
-            siblings.add(block)
-        else:
-            self._children[parent] = {siblings, block}
+        """Drop what is known of a block that nobody holds any more."""
+        parent = self._chains.forget(block)
+        if self._queue is not None:
+            tick = self._queue.forget(block)
+            if parent is not None and self._chains.is_leaf(parent):
+                self._queue.leaf(parent, tick)
 
     def _count(self, slot: int, delta: int) -> None:
         self._entries[slot] += delta
@@ -341,11 +416,42 @@ class PrefixIndex:
         self._with_orphans = self._with_orphans | bit if self._orphans[slot] else self._with_orphans & ~bit
         self._settle()
 
-    def _settle(self, filling: dict[BlockHash, int] | None = None) -> None:
+    def _settle(self, filling: Held | None = None) -> None:
         """Find the tiers to probe; `filling` is one that is about to hold something."""
         self._active = tuple(held for held in self._tiers.values() if held or held is filling)
 
-    # -- questions -------------------------------------------------------------------------------------------
+    def _forget_needs(self, bit: int) -> None:
+        self._needs = {needs: rest for needs, mask in self._needs.items() if (rest := mask & ~bit)}
+
+    def _evict_to_budget(self) -> None:
+        assert self._queue is not None
+        while self.bytes_estimate > self._budget_bytes:
+            block = self._queue.pop(self._chains.is_leaf)
+            if block is None:
+                # States of blocks that nobody holds, and cycles of lies: nothing that a match could use.
+                block = next((b for table in (*self._active, *self._group_tables()) for b in table), None)
+                if block is None:
+                    return
+            self._evict(block)
+            self._evicted += 1
+            self._revision += 1
+
+    def _evict(self, block: BlockHash) -> None:
+        """Take a block and its group entries from everyone."""
+        everyone = self._holders(block)
+        for held in self._active:
+            for slot in bits(held.pop(block, 0)):
+                self._entries[slot] -= 1
+        for held in self._group_tables():
+            for slot in bits(held.pop(block, 0)):
+                self._group_entries[slot] -= 1
+                self._grouped[slot].discard(block)
+        for slot in bits(everyone):
+            self._lose(slot, block)
+            self._count(slot, 0)
+        if everyone:
+            self._forget(block)
+        self._settle()
 
     def _slot_of(self, source: SourceId) -> int:
         slot = self._slot.get(source)
@@ -353,75 +459,41 @@ class PrefixIndex:
             raise LocalProtocolError(f"{source} is not registered with the index")
         return slot
 
+    def _source_at(self, slot: int) -> SourceId:
+        source = self._sources[slot]
+        assert source is not None, "a bit of a slot without a holder"
+        return source
+
+    def _by_name(self, mask: int) -> list[int]:
+        slots = list(bits(mask))
+        slots.sort(key=self._rank.__getitem__)
+        return slots
+
+    def _group_tables(self) -> Iterator[Held]:
+        return (held for tiers in self._groups.values() for held in tiers.values() if held)
+
     def _holders(self, block: BlockHash) -> int:
         mask = 0
         for held in self._active:
             mask |= held.get(block, 0)
         return mask
 
-    def _children_held(self, block: BlockHash, bit: int) -> int:
-        children = self._children.get(block)
-        if children is None:
-            return 0
-        if isinstance(children, set):
-            return sum(1 for child in children if self._holders(child) & bit)
-        return 1 if self._holders(children) & bit else 0
+    def _probe_group(self, group: Group) -> Probe:
+        return probe_any([held for held in self._groups[group].values() if held])
 
-    def _runs(self, held: dict[BlockHash, int]) -> Iterator[list[BlockHash]]:
-        """Yield maximal paths of blocks with equal holders in one tier: the nodes of its radix tree."""
-        for block, mask in held.items():
-            parent = self._parent[block]
-            if parent is not None and held.get(parent) == mask and self._children[parent] == block:
-                continue  # inside its parent's run
-            run = [block]
-            child = self._children.get(block)
-            while child is not None and not isinstance(child, set) and held.get(child) == mask:
-                run.append(child)
-                child = self._children.get(child)
-            yield run
+    def _children_held(self, block: BlockHash, bit: int) -> list[BlockHash]:
+        return [child for child in self._chains.children_of(block) if self._holders(child) & bit]
 
-    def _walk(self, hashes: Sequence[BlockHash], alive: int, found: list[Match]) -> None:
-        for depth, block in enumerate(hashes):
-            rest = self._holders(block) & alive
-            if rest != alive:
-                self._report(alive & ~rest, depth, found)
-                if not rest:
-                    return
-                alive = rest
-        self._report(alive, len(hashes), found)
-
-    def _bisect(self, hashes: Sequence[BlockHash], alive: int, found: list[Match]) -> None:
-        last = len(hashes) - 1
-        at_last = self._holders(hashes[last]) & alive
-        self._report(at_last, last + 1, found)
-        spans = [(0, last, alive, at_last)]
-        while spans:
-            low, high, at_low, at_high = spans.pop()
-            if at_low == at_high:
-                continue
-            if high - low == 1:
-                self._report(at_low & ~at_high, high, found)
-                continue
-            middle = (low + high) // 2
-            at_middle = self._holders(hashes[middle]) & at_low
-            spans.append((low, middle, at_low, at_middle))
-            spans.append((middle, high, at_middle, at_high))
-
-    def _report(self, mask: int, blocks: int, found: list[Match]) -> None:
-        found.extend(Match(self._source_at(slot), blocks) for slot in _bits(mask))
-
-    def _source_at(self, slot: int) -> SourceId:
-        source = self._sources[slot]
-        assert source is not None, "a bit of a slot without a holder"
-        return source
+    def _held_by(self, slot: int) -> list[BlockHash]:
+        """Return a holder's blocks: down from its tops."""
+        bit = 1 << slot
+        blocks = list(self._tops[slot])
+        for block in blocks:
+            blocks += self._children_held(block, bit)
+        if len(blocks) != self._blocks[slot]:
+            # Only lies make a cycle of parents, which no top reaches.
+            return [block for block in self._chains.parent if self._holders(block) & bit]
+        return blocks
 
 
 _ABSENT = object()
-
-
-def _bits(mask: int) -> Iterator[int]:
-    """Yield the positions of the set bits, lowest first."""
-    while mask:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low

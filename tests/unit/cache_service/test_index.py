@@ -2,175 +2,23 @@
 
 from __future__ import annotations
 
-import random
+import tracemalloc
 
 import pytest
 from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cache_service.core.errors import LocalProtocolError
-from cache_service.core.events import AllCleared, BlocksRemoved, BlocksStored, Tier
-from cache_service.core.ids import BlockHash, SourceId, WorkerId
-from cache_service.core.index import Applied, IndexCounts, Match, PrefixIndex
+from cache_service.core.errors import ConfigError, LocalProtocolError, RemoteProtocolError
+from cache_service.core.events import AllCleared, BlocksRemoved, BlocksStored, Group, GroupStored, Tier
+from cache_service.core.ids import BlockHash, SiteId, SourceId, WorkerId
+from cache_service.core.index import Applied, Match, PrefixIndex, best_per_site
+from tests.unit.cache_service.index_machine import SOURCES, BudgetMachine, IndexMachine, chain
 
-SOURCES = [SourceId(WorkerId(f"w{i}"), i % 2) for i in range(4)]
 A, B = SOURCES[:2]
-
-
-def chain(*values: int) -> tuple[BlockHash, ...]:
-    return tuple(BlockHash(value) for value in values)
-
-
-class Model:
-    """The truth, said slowly: per source and tier a set of blocks."""
-
-    def __init__(self) -> None:
-        self.held: dict[SourceId, dict[Tier, set[int]]] = {}
-        self.quarantined: set[SourceId] = set()
-
-    def has(self, source: SourceId, block: int) -> bool:
-        return any(block in blocks for blocks in self.held[source].values())
-
-    def match(self, path: list[int]) -> dict[SourceId, int]:
-        found = {}
-        for source in self.held.keys() - self.quarantined:
-            depth = 0
-            while depth < len(path) and self.has(source, path[depth]):
-                depth += 1
-            if depth:
-                found[source] = depth
-        return found
-
-    def entries(self) -> int:
-        return sum(len(blocks) for tiers in self.held.values() for blocks in tiers.values())
-
-
-class IndexMachine(RuleBasedStateMachine):
-    """Random stores (parents unknown at times), removals with holes, clears, restarts, quarantine."""
-
-    @initialize(seed=st.integers(0, 2**32))
-    def build(self, seed: int) -> None:
-        rng = random.Random(seed)
-        self.parents: list[int | None] = [None] * 2
-        self.parents += [rng.choice([i - 1, i - 1, rng.randrange(i)]) for i in range(2, 30)]
-        self.index, self.model = PrefixIndex(), Model()
-
-    def path(self, block: int | None) -> list[int]:
-        nodes: list[int] = []
-        while block is not None:
-            nodes.append(block)
-            block = self.parents[block]
-        return nodes[::-1]
-
-    def known(self, source: SourceId) -> dict[Tier, set[int]]:
-        self.index.add(source)
-        return self.model.held.setdefault(source, {tier: set() for tier in Tier})
-
-    @rule(
-        source=st.sampled_from(SOURCES),
-        leaf=st.integers(0, 29),
-        length=st.integers(1, 12),
-        tier=st.sampled_from([Tier.GPU, Tier.GPU, Tier.HOST, Tier.DISK]),
-    )
-    def store(self, source: SourceId, leaf: int, length: int, tier: Tier) -> None:
-        held = self.known(source)[tier]
-        run = self.path(leaf)[-length:]
-        applied = self.index.apply(source, BlocksStored(chain(*run), self.parents[run[0]], tier))
-        fresh = len(set(run) - held)
-        assert applied == Applied(stored=fresh, unchanged=len(run) - fresh)
-        held.update(run)
-
-    @rule(
-        source=st.sampled_from(SOURCES),
-        blocks=st.sets(st.integers(0, 29), min_size=1, max_size=6),
-        tier=st.sampled_from([Tier.GPU, Tier.GPU, Tier.HOST, Tier.DISK]),
-    )
-    def remove(self, source: SourceId, blocks: set[int], tier: Tier) -> None:
-        held = self.known(source)[tier]
-        applied = self.index.apply(source, BlocksRemoved(chain(*blocks), tier))
-        gone = len(blocks & held)
-        assert applied == Applied(removed=gone, unchanged=len(blocks) - gone)
-        held -= blocks
-
-    @rule(source=st.sampled_from(SOURCES))
-    def clear(self, source: SourceId) -> None:
-        tiers = self.known(source)
-        applied = self.index.apply(source, AllCleared())
-        assert applied.removed == sum(len(blocks) for blocks in tiers.values())
-        for blocks in tiers.values():
-            blocks.clear()
-
-    @rule(source=st.sampled_from(SOURCES), back=st.booleans())
-    def drop(self, source: SourceId, back: bool) -> None:
-        """A worker goes, and may come back under the same name with nothing."""
-        self.known(source)
-        self.index.drop(source)
-        del self.model.held[source]
-        self.model.quarantined.discard(source)
-        if back:
-            self.known(source)
-
-    @rule(source=st.sampled_from(SOURCES), on=st.booleans())
-    def quarantine(self, source: SourceId, on: bool) -> None:
-        self.known(source)
-        if on:
-            self.index.quarantine(source)
-            self.model.quarantined.add(source)
-        else:
-            self.index.restore(source)
-            self.model.quarantined.discard(source)
-
-    @rule(leaf=st.integers(0, 29), beyond=st.integers(0, 3))
-    def match(self, leaf: int, beyond: int) -> None:
-        path = self.path(leaf) + [1000 + i for i in range(beyond)]
-        found = self.index.match(chain(*path))
-        assert {match.source: match.blocks for match in found} == self.model.match(path)
-        assert found == sorted(found, key=lambda match: (-match.blocks, match.source))
-
-    @precondition(lambda self: hasattr(self, "index"))
-    @invariant()
-    def consistent(self) -> None:
-        self.index.check()
-        counts = self.index.counts()
-        assert counts.entries == self.model.entries()
-        assert counts.holders == len(self.model.held)
-
-    @rule()
-    def rebuild_from_dump(self) -> None:
-        """A dump in an empty index gives an index that answers the same."""
-        copy = PrefixIndex()
-        for source in self.index.sources():
-            copy.add(source)
-        for source, event in self.index.dump():
-            applied = copy.apply(source, event)
-            assert applied == Applied(stored=len(event.hashes))
-        copy.check()
-        assert copy.counts() == self.index.counts()
-
-    @rule(source=st.sampled_from(SOURCES), blocks=st.sets(st.integers(0, 29), min_size=1, max_size=6))
-    def copy(self, source: SourceId, blocks: set[int]) -> None:
-        """A copy is whole, and what is done to it does not reach the original."""
-        copy = self.index.copy()
-        copy.check()
-        assert list(copy.dump()) == list(self.index.dump())
-        copy.add(source)
-        copy.apply(source, BlocksRemoved(chain(*blocks)))
-        for block in blocks:
-            copy.apply(source, BlocksStored(chain(block), self.parents[block]))
-        copy.check()
-
-    def teardown(self) -> None:
-        """After churn nothing is left behind."""
-        if hasattr(self, "index"):
-            for source in self.index.sources():
-                self.index.drop(source)
-            self.index.check()
-            assert self.index.counts() == IndexCounts(0, 0, 0, 0)
-
 
 TestIndexMachine = IndexMachine.TestCase
 TestIndexMachine.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestBudgetMachine = BudgetMachine.TestCase
+TestBudgetMachine.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
 
 
 @pytest.fixture
@@ -185,10 +33,10 @@ def test_hole_ends_the_prefix(index: PrefixIndex) -> None:
     """A holder that lost an inner block matches up to it, and again in full when it is stored anew."""
     index.apply(A, BlocksStored(chain(1, 2, 3, 4, 5), None))
     index.apply(A, BlocksRemoved(chain(3)))
-    assert index.match(chain(1, 2, 3, 4, 5)) == [Match(A, 2)]
+    assert index.match(chain(1, 2, 3, 4, 5)) == [Match(A, 2, 2)]
     assert index.counts().orphans == 1
     index.apply(A, BlocksStored(chain(3), BlockHash(2)))
-    assert index.match(chain(1, 2, 3, 4, 5)) == [Match(A, 5)]
+    assert index.match(chain(1, 2, 3, 4, 5)) == [Match(A, 5, 5)]
     assert index.counts().orphans == 0
 
 
@@ -197,9 +45,9 @@ def test_lower_tier_keeps_a_block(index: PrefixIndex) -> None:
     index.apply(A, BlocksStored(chain(1, 2), None))
     index.apply(A, BlocksStored(chain(1, 2), None, Tier.HOST))
     index.apply(A, BlocksRemoved(chain(2)))
-    assert index.match(chain(1, 2)) == [Match(A, 2)]
+    assert index.match(chain(1, 2)) == [Match(A, 2, 2)]
     index.apply(A, BlocksRemoved(chain(2), Tier.HOST))
-    assert index.match(chain(1, 2)) == [Match(A, 1)]
+    assert index.match(chain(1, 2)) == [Match(A, 1, 1)]
 
 
 def test_unknown_parent(index: PrefixIndex) -> None:
@@ -207,7 +55,7 @@ def test_unknown_parent(index: PrefixIndex) -> None:
     index.apply(A, BlocksStored(chain(3, 4), BlockHash(2)))
     assert index.match(chain(1, 2, 3, 4)) == []
     index.apply(A, BlocksStored(chain(1, 2), None))
-    assert index.match(chain(1, 2, 3, 4)) == [Match(A, 4)]
+    assert index.match(chain(1, 2, 3, 4)) == [Match(A, 4, 4)]
 
 
 def test_another_parent_is_refused(index: PrefixIndex) -> None:
@@ -215,7 +63,7 @@ def test_another_parent_is_refused(index: PrefixIndex) -> None:
     index.apply(A, BlocksStored(chain(1, 2), None))
     applied = index.apply(B, BlocksStored(chain(9, 2, 3), None))
     assert applied == Applied(stored=1, conflicts=2)
-    assert index.match(chain(1, 2)) == [Match(A, 2)]
+    assert index.match(chain(1, 2)) == [Match(A, 2, 2)]
     index.check()
 
 
@@ -231,7 +79,7 @@ def test_order_and_empty_queries(index: PrefixIndex) -> None:
     """Deepest holder first; nothing asked, nothing found."""
     index.apply(A, BlocksStored(chain(1), None))
     index.apply(B, BlocksStored(chain(1, 2), None))
-    assert index.match(chain(1, 2, 3)) == [Match(B, 2), Match(A, 1)]
+    assert index.match(chain(1, 2, 3)) == [Match(B, 2, 2), Match(A, 1, 1)]
     assert index.match(()) == []
     assert index.match(chain(7)) == []
 
@@ -261,26 +109,173 @@ def test_slot_of_a_dropped_holder_is_clean(index: PrefixIndex) -> None:
     index.add(SOURCES[2])
     index.apply(SOURCES[2], BlocksStored(chain(5), None))
     assert index.match(chain(1)) == []
-    assert index.match(chain(5)) == [Match(SOURCES[2], 1)]
+    assert index.match(chain(5)) == [Match(SOURCES[2], 1, 1)]
 
 
 def test_match_probes_grow_with_log_n() -> None:
     """Ten times the query costs a few probes more, not ten times as many."""
 
-    class Counting(PrefixIndex):
+    class Counting(dict[BlockHash, int]):
         probes = 0
 
-        def _holders(self, block: BlockHash) -> int:
+        def get(self, block: BlockHash, default: int = 0) -> int:  # type: ignore[override]
             self.probes += 1
-            return super()._holders(block)
+            return super().get(block, default)
 
     probes = {}
     for length in (100, 1000, 10_000):
-        index = Counting()
+        index, table = PrefixIndex(), Counting()
+        index._tiers[Tier.GPU] = table
         index.add(A)
         blocks = chain(*range(1, length + 1))
         index.apply(A, BlocksStored(blocks[: length // 3], None))
-        index.probes = 0
-        assert index.match(blocks) == [Match(A, length // 3)]
-        probes[length] = index.probes
+        table.probes = 0
+        assert index.match(blocks) == [Match(A, length // 3, length // 3)]
+        probes[length] = table.probes
     assert probes[10_000] <= probes[100] + 10
+
+
+def test_state_snapshot_decides_what_is_usable(index: PrefixIndex) -> None:
+    """A full match without a snapshot at its end is usable up to the deepest one and the limit."""
+    index.declare(A, needs_state=True, swa_window_blocks=0)
+    index.apply(A, BlocksStored(chain(1, 2, 3, 4), None))
+    index.apply(B, BlocksStored(chain(1, 2), None))
+    assert index.match(chain(1, 2, 3, 4)) == [Match(A, 4, 0), Match(B, 2, 2)]
+    index.apply(A, GroupStored(Group.STATE, chain(1, 3)))
+    assert index.match(chain(1, 2, 3, 4)) == [Match(A, 4, 3), Match(B, 2, 2)]
+    assert index.match(chain(1, 2, 3, 4), 2) == [Match(A, 4, 1), Match(B, 2, 2)]
+    assert index.match(chain(1, 2, 3, 4), 0) == [Match(A, 4, 0), Match(B, 2, 0)]
+    index.declare(A, needs_state=False, swa_window_blocks=0)
+    assert index.match(chain(1, 2, 3, 4)) == [Match(A, 4, 4), Match(B, 2, 2)]
+
+
+def test_window_decides_what_is_usable(index: PrefixIndex) -> None:
+    """The last w blocks before a boundary must have their window KV; near the root, all there are."""
+    index.declare(A, needs_state=False, swa_window_blocks=2)
+    index.apply(A, BlocksStored(chain(1, 2, 3, 4, 5), None))
+    index.apply(A, GroupStored(Group.SWA, chain(1, 3, 5)))
+    assert index.match(chain(1, 2, 3, 4, 5)) == [Match(A, 5, 1)]
+    index.apply(A, GroupStored(Group.SWA, chain(4)))
+    assert index.match(chain(1, 2, 3, 4, 5)) == [Match(A, 5, 5)]
+    assert index.match(chain(1, 2, 3, 4, 5), 4) == [Match(A, 5, 4)]
+    assert index.match(chain(1, 2, 3, 4, 5), 3) == [Match(A, 5, 1)]
+
+
+def test_best_holder_of_each_site() -> None:
+    """Usable before matched, then the name."""
+    near, far = SiteId("near"), SiteId("far")
+    matches = [
+        Match(SOURCES[0], 9, 1),
+        Match(SOURCES[2], 4, 4),
+        Match(SOURCES[1], 4, 4),
+        Match(SOURCES[3], 2, 0),
+    ]
+    sites = {SOURCES[0]: near, SOURCES[1]: near, SOURCES[2]: near, SOURCES[3]: far}
+    assert best_per_site(matches, sites) == {near: matches[2], far: matches[3]}
+    assert best_per_site([], sites) == {}
+
+
+def test_budget_evicts_the_leaf_used_longest_ago() -> None:
+    """What was matched last stays; a chain goes from its end."""
+    index = PrefixIndex(budget_bytes=15_000)
+    index.add(A)
+    for first in range(0, 60, 10):
+        index.apply(A, BlocksStored(chain(*range(first, first + 10)), None))
+    assert index.evicted_blocks == 0
+    index.match(chain(*range(10)))
+    index.apply(A, BlocksStored(chain(*range(100, 130)), None))
+    assert 0 < index.evicted_blocks < 30
+    assert index.match(chain(*range(10)))[0].matched == 10
+    left = index.match(chain(*range(10, 20)))
+    assert not left or left[0].matched < 10
+    assert index.bytes_estimate <= 15_000
+    index.check()
+
+
+def test_budget_smaller_than_an_event() -> None:
+    """An event that does not fit leaves its beginning; states of unknown blocks go as well."""
+    index = PrefixIndex(budget_bytes=1000)
+    index.add(A)
+    index.apply(A, BlocksStored(chain(*range(50)), None))
+    (match,) = index.match(chain(*range(50)))
+    assert 0 < match.matched <= 5
+    index.apply(A, GroupStored(Group.STATE, chain(*range(1000, 1100))))
+    index.check()
+
+
+def test_cycle_of_lies_is_evicted() -> None:
+    """Blocks that claim each other as parent have no leaf, and go all the same."""
+    index = PrefixIndex(budget_bytes=300)
+    index.add(A)
+    index.apply(A, BlocksStored(chain(1), BlockHash(2)))
+    index.apply(A, BlocksStored(chain(2), BlockHash(1)))
+    index.check()
+    assert index.evicted_blocks == 1
+
+
+def test_cycle_of_lies_is_cleared(index: PrefixIndex) -> None:
+    """A cycle has no top to start from."""
+    index.apply(A, BlocksStored(chain(1), BlockHash(2)))
+    index.apply(A, BlocksStored(chain(2), BlockHash(1)))
+    assert index.clear(A) == 2
+    index.check()
+
+
+def test_clear_looks_at_own_blocks_only(index: PrefixIndex) -> None:
+    """What others hold is not walked."""
+
+    class Counting(dict[BlockHash, int]):
+        probes = 0
+
+        def get(self, block: BlockHash, default: int = 0) -> int:  # type: ignore[override]
+            self.probes += 1
+            return super().get(block, default)
+
+    table = Counting()
+    index._tiers[Tier.GPU] = table
+    index.apply(A, BlocksStored(chain(*range(1000)), None))
+    index.apply(B, BlocksStored(chain(*range(5)), None))
+    table.probes = 0
+    assert index.clear(B) == 5
+    assert table.probes < 40
+
+
+@pytest.mark.parametrize("budget_bytes", [-1])
+def test_bad_budget(budget_bytes: int) -> None:
+    """A negative budget is refused by name."""
+    with pytest.raises(ConfigError, match="budget_bytes"):
+        PrefixIndex(budget_bytes=budget_bytes)
+
+
+def test_bad_window(index: PrefixIndex) -> None:
+    """A negative window is refused by name."""
+    with pytest.raises(ConfigError, match="swa_window_blocks"):
+        index.declare(A, needs_state=True, swa_window_blocks=-1)
+
+
+def test_unknown_group() -> None:
+    """A group nobody knows is refused by name, with the names there are."""
+    with pytest.raises(RemoteProtocolError, match=r"group.*state, swa"):
+        GroupStored("mamba", chain(1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("holders", "grouped"), [(1, False), (16, False), (16, True)])
+def test_bytes_estimate_is_near_the_truth(holders: int, grouped: bool) -> None:
+    """What the budget is held against is within a factor of two of what Python allocates."""
+    index = PrefixIndex(budget_bytes=1 << 40)
+    sources = [SourceId(WorkerId(f"w{i}")) for i in range(holders)]
+    tracemalloc.start()
+    try:
+        for source in sources:
+            index.add(source)
+        for first in range(1 << 40, (1 << 40) + 20_000, 200):
+            run = chain(*range(first, first + 200))
+            for source in sources:
+                index.apply(source, BlocksStored(run, None))
+                if grouped:
+                    index.apply(source, GroupStored(Group.SWA, run))
+        del run
+        taken, _peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken / 2 < index.bytes_estimate < taken * 2

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from cache_service.core import delta
 from cache_service.core.errors import LocalProtocolError, RemoteProtocolError
-from cache_service.core.events import AllCleared, BlocksRemoved, BlocksStored, Tier
+from cache_service.core.events import (
+    AllCleared,
+    BlocksRemoved,
+    BlocksStored,
+    Group,
+    GroupRemoved,
+    GroupStored,
+    Tier,
+)
 from cache_service.core.ids import BlockHash, SourceId, WorkerId
 from cache_service.core.index import PrefixIndex
 from cache_service.core.log import LogEntry, LogPosition
@@ -55,12 +63,20 @@ def random_change(rng: random.Random) -> delta.Change:
     tier = rng.choice([Tier.GPU, Tier.HOST])
     if kind < 0.6:
         return source, BlocksStored(run, BlockHash(first - 1) if first else None, tier)
-    return source, (BlocksRemoved(run, tier) if kind < 0.95 else AllCleared())
+    if kind < 0.8:
+        return source, BlocksRemoved(run, tier)
+    group = rng.choice(list(Group))
+    if kind < 0.95:
+        return source, (GroupStored if kind < 0.9 else GroupRemoved)(group, run, tier)
+    return source, AllCleared()
 
 
-def state(index: PrefixIndex) -> set[tuple[SourceId, Tier, BlockHash, BlockHash | None]]:
-    found = set()
+def state(index: PrefixIndex) -> set[tuple[SourceId, Tier, BlockHash, BlockHash | Group | None]]:
+    found: set[tuple[SourceId, Tier, BlockHash, BlockHash | Group | None]] = set()
     for source, event in index.dump():
+        if isinstance(event, GroupStored):
+            found.update((source, event.tier, block, event.group) for block in event.hashes)
+            continue
         parent = event.parent
         for block in event.hashes:
             found.add((source, event.tier, block, parent))
