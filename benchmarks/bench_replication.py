@@ -222,9 +222,10 @@ def trace_rows(path: Path, policy: PublishPolicy, name: str) -> list[Row]:
         ids = request["hash_ids"][: request["input_length"] // TRACE_PAGE_TOKENS]
         hashes = [BlockHash(((i + 1) << 8) + page) for i in ids for page in range(pages)]
         asked += len(hashes)
-        exact_hit += sum(match.blocks for match in exact.match(hashes))
+        exact_hit += sum(match.matched for match in exact.match(hashes))
         stride = policy.stride
-        published_hit += sum(match.blocks * stride for match in published.match(hashes[stride - 1 :: stride]))
+        coarse = published.match(hashes[stride - 1 :: stride])
+        published_hit += sum(match.matched * stride for match in coarse)
         publish(filter_.saw(hashes))
         for block in ids:
             lru[block] = lru.pop(block, ())

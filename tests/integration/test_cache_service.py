@@ -233,7 +233,7 @@ async def test_replica_from_the_service_log() -> None:
         async with aclosing(log.watch(None)) as entries, asyncio.timeout(20):
             async for entry in entries:
                 apply_entry(replica, entry)
-                if [match.blocks for match in replica.match([1, 2, 7])] == [3]:
+                if [match.matched for match in replica.match([1, 2, 7])] == [3]:
                     break
     finally:
         await server.stop()

@@ -304,8 +304,8 @@ async def test_stride(make_cluster: MakeCluster) -> None:
             if coarse is None:
                 return False
             for chain in a._chains:
-                mine = {m.source: m.blocks // 8 for m in a.index.match(chain) if m.blocks >= 8}
-                theirs = {m.source: m.blocks for m in coarse.match(chain[7::8])}
+                mine = {m.source: m.matched // 8 for m in a.index.match(chain) if m.matched >= 8}
+                theirs = {m.source: m.matched for m in coarse.match(chain[7::8])}
                 if mine != theirs:
                     return False
             return True

@@ -170,7 +170,7 @@ def test_a_long_chain_is_published_with_its_ancestors() -> None:
     index.add(SOURCES[0])
     for source, event in changes:
         index.apply(source, event)
-    assert [match.blocks for match in index.match(blocks[3::4])] == [5]
+    assert [match.matched for match in index.match(blocks[3::4])] == [5]
     assert index.counts().orphans == 0
 
 
