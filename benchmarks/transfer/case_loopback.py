@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 
 from benchmarks.harness import Row
@@ -12,6 +11,7 @@ from benchmarks.transfer import peers
 from benchmarks.transfer.compare import Contest, contest, cpu, cpu_row, mb_per_s
 from benchmarks.transfer.ends import Loopback, Round
 from benchmarks.transfer.workload import of_bytes
+from prfaas_sglang.fleet.ports import free_port
 
 MIB = 1 << 20
 CONNECTIONS = 4
@@ -20,9 +20,7 @@ IPERF_S = 1.5
 
 def iperf(found: peers.Found) -> Round:
     """Run iperf3 with as many connections as ours has; both ends' processor time as it reports it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     env = {**os.environ, **found.env}
     argv = [*found.argv, "-p", port]
     with subprocess.Popen(

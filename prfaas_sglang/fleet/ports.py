@@ -1,7 +1,7 @@
 """Ports of a fleet: fixed ones are checked before anything starts, the others chosen among the free ones.
 
-Chosen ports lie outside the range from which the kernel takes the ports of outgoing connections
-(ip_local_port_range, ip(7)), so that no connection can sit on one before its process listens.
+Chosen ports lie outside the range from which the kernel takes the ports of outgoing connections and of
+listeners on port 0 (ip_local_port_range, ip(7)), so that none sits on one before its process listens.
 """
 
 from __future__ import annotations
@@ -72,6 +72,15 @@ class PortPlan:
                 with contextlib.suppress(OSError):
                     return _bound(family, host, port, reuse=False)
         return _bound(family, host, 0, reuse=False)
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """Return a port of `host` that was free a moment ago, and that the kernel gives to nobody meanwhile."""
+    plan = PortPlan()
+    try:
+        return plan.claim("port", host, 0)
+    finally:
+        plan.release()
 
 
 def _bound(family: int, host: str | int, port: int, *, reuse: bool) -> socket.socket:

@@ -17,9 +17,9 @@ import psutil
 import pytest
 import requests
 
+from prfaas_sglang.fleet.ports import free_port
 from tests.e2e.fleet import ROOT, Up, gone, run_cli, start_cli, up
 from tests.e2e.slow_link import slow_link
-from tests.engine.conftest import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import requests
 
 from prfaas_sglang.cpu.environment import cpu_arguments, worker_environment
 from prfaas_sglang.cpu.zygote import Zygote
+from prfaas_sglang.fleet.ports import free_port
 from tests.engine.reference import NEW_TOKENS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,14 +31,6 @@ ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = ("gdn", "dense", "gdn-moe", "swa")
 PAGE = 64
 START_TIMEOUT_S = 120.0
-
-
-def free_port() -> int:
-    """Return a port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @dataclass(frozen=True)

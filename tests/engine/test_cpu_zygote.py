@@ -16,7 +16,8 @@ import requests
 from cache_service.core.errors import DeadlineExceeded
 from prfaas_sglang.cpu.environment import cpu_arguments
 from prfaas_sglang.cpu.zygote import Zygote, ZygoteDied
-from tests.engine.conftest import ROOT, START_TIMEOUT_S, References, Serve, free_port
+from prfaas_sglang.fleet.ports import free_port
+from tests.engine.conftest import ROOT, START_TIMEOUT_S, References, Serve
 
 pytestmark = pytest.mark.engine
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import requests
 
-from tests.engine.conftest import References, Serve, Server, free_port
+from prfaas_sglang.fleet.ports import free_port
+from tests.engine.conftest import References, Serve, Server
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 

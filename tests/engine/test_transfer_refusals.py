@@ -9,7 +9,8 @@ import pytest
 
 from prfaas_sglang.cpu.environment import cpu_arguments
 from prfaas_sglang.cpu.zygote import Zygote
-from tests.engine.conftest import References, free_port
+from prfaas_sglang.fleet.ports import free_port
+from tests.engine.conftest import References
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
 

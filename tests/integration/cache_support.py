@@ -6,7 +6,6 @@ import asyncio
 import atexit
 import importlib.util
 import json
-import socket
 import sys
 import time
 import types
@@ -20,17 +19,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cache_service.client import IndexClient
 from cache_service.core.ids import Namespace
+from prfaas_sglang.fleet.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = 4
 NAMESPACE = Namespace(model="tiny", page_size=PAGE)
 DEADLINE_S = 20.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def until(condition: Callable[[], Any], what: str) -> Any:

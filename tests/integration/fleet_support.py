@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -111,10 +110,3 @@ def ended(processes: dict[str, psutil.Process], timeout_s: float = 10) -> bool:
     """True when every process is gone (or a zombie that nobody has reaped yet) in time."""
     _, alive = psutil.wait_procs(list(processes.values()), timeout_s)
     return all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
-
-
-def free_port() -> int:
-    """Return a port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -24,13 +24,13 @@ from cache_service.core.query import MAX_HASHES
 from cache_service.server import SERVICE, CacheServer
 from cache_service.store import InProcessLog, apply_entry
 from cache_service.wire import cache_pb2, cache_pb2_grpc
+from prfaas_sglang.fleet.ports import free_port
 from tests.integration.cache_support import (
     NAMESPACE,
     PAGE,
     ROOT,
     CacheProcess,
     Worker,
-    free_port,
     removed,
     stored,
     until,

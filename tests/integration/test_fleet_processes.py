@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cache_service.core.errors import DeadlineExceeded
+from prfaas_sglang.fleet.ports import free_port
 from prfaas_sglang.fleet.processes import (
     Awaited,
     ProcessDied,
@@ -21,7 +22,7 @@ from prfaas_sglang.fleet.processes import (
     tail,
     wait_ready,
 )
-from tests.integration.fleet_support import SERVER, free_port
+from tests.integration.fleet_support import SERVER
 
 NOWHERE = "http://127.0.0.1:9/"
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.fleet_support import SERVER, SLEEPER, ended, free_port, launched
+from prfaas_sglang.fleet.ports import free_port
+from tests.integration.fleet_support import SERVER, SLEEPER, ended, launched
 
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SERVER
 

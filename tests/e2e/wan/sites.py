@@ -25,6 +25,7 @@ import requests
 
 from prfaas_sglang.cpu.environment import cpu_arguments, worker_environment
 from prfaas_sglang.cpu.zygote import Zygote
+from prfaas_sglang.fleet.ports import free_port
 from tests.e2e.wan.inside import PROBE_VARIABLE
 from tests.wan.link import Wan
 
@@ -178,10 +179,8 @@ class Site:
 
     def free_port(self) -> int:
         """Return a port of this side that was free a moment ago."""
-        with self.wan.entered(self.side), socket.socket() as probe:
-            probe.bind(("0.0.0.0", 0))
-            port: int = probe.getsockname()[1]
-            return port
+        with self.wan.entered(self.side):
+            return free_port("0.0.0.0")
 
     def run(self, *argv: str) -> str:
         """Run a command on this side to its end; return its output."""

@@ -205,6 +205,12 @@ def test_free_ports_are_distinct_and_released() -> None:
         pass
 
 
+def test_a_free_port_is_none_that_the_kernel_hands_out() -> None:
+    """Nobody who binds port 0 or connects out gets it before its server listens."""
+    lowest, highest = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    assert all(not lowest <= ports_module.free_port() <= highest for _ in range(20))
+
+
 def test_reserved_ports_are_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A port that the file gives to a process is not handed to another one that wants any."""
     spare = PortPlan()
