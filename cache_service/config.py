@@ -92,7 +92,9 @@ class EtcdSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
                 raise ConfigError(
                     f"replication.etcd.password_file: {self.password_file}: cannot be read: {error}"
                 ) from error
-        tls = self.tls and TlsPaths(self.tls.ca, self.tls.cert, self.tls.key, self.tls.server_name)
+        tls = None
+        if self.tls:
+            tls = TlsPaths(self.tls.ca, self.tls.cert, self.tls.key, self.tls.server_name)
         try:
             return EtcdConfig(tuple(self.endpoints), tls, self.user, password)
         except ConfigError as error:
