@@ -1,8 +1,7 @@
 """Decode's shell: dials prefill workers, grants pages, writes what arrives into the pools.
 
-Decode dials (the prefill site needs one open port and nothing of the decode site), so a NAT or firewall in
-front of decode does not matter. A transfer that was aborted is never written again: every write happens under
-the transfer's lock, and the lock is never held while waiting for the network.
+Decode dials, so a NAT or firewall in front of it does not matter. A transfer that was aborted is never
+written again: every write happens under the transfer's lock, which is never held while waiting for the net.
 """
 
 from __future__ import annotations
@@ -42,6 +41,7 @@ from prfaas_sglang.transfer.bundle import Bundle
 from prfaas_sglang.transfer.channel import Channel, Identity, dial_hello
 from prfaas_sglang.transfer.codec import decode
 from prfaas_sglang.transfer.imports import Address, Import, Peer
+from prfaas_sglang.transfer.lifeline import watch
 from prfaas_sglang.transfer.memory import Landing, PoolMemory, scatter
 from prfaas_sglang.transfer.telemetry import Telemetry, TransferRecord
 from prfaas_sglang.transfer.tls import Tls
@@ -210,6 +210,7 @@ class Importer:
             while peer.cancelled:
                 channel.post(FrameType.CANCEL, 0, [encode_room(peer.cancelled.pop())])
         channel.start()
+        watch(peer.address, channel, lambda: peer.expecting(channel))
         self._fail_all(peer, too_scattered, "what arrived before the connection broke is too scattered")
         for index in range(1, self._connections):
             try:

@@ -76,3 +76,7 @@ class Peer:
     breaks: int = 0
     imports: dict[int, Import] = field(default_factory=dict)
     cancelled: list[int] = field(default_factory=list)
+
+    def expecting(self, control: Channel) -> list[Channel]:
+        """Return the connections beside `control` and it, when KV is to come over them, else none."""
+        return list(self.channels) if self.imports and self.channel is control else []

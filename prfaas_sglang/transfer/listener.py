@@ -18,6 +18,7 @@ from cache_service.core.errors import PrfaasError, RemoteProtocolError
 from prfaas_sglang.core.framing import FrameType
 from prfaas_sglang.core.layout import Hello
 from prfaas_sglang.transfer.channel import Channel, Identity, receive_hello, refuse
+from prfaas_sglang.transfer.tcp_info import read_tcp_info
 from prfaas_sglang.transfer.telemetry import Telemetry
 from prfaas_sglang.transfer.tls import Tls, shake, shutdown
 from prfaas_sglang.transfer.wire import ConnectionLost, Wire, tune
@@ -142,7 +143,7 @@ class Listener:
             hello = receive_hello(wire, self._identity)
             channel = self._place(wire, hello)
         except PrfaasError as error:
-            self._send_away(guest, error)
+            self._send_away(guest, None if _only_knocked(sock) else error)
             return
         except Exception as error:
             # a bug must end this connection, not leave it open
@@ -169,8 +170,9 @@ class Listener:
             refuse(wire, error)
             raise
 
-    def _send_away(self, guest: _Guest, error: PrfaasError) -> None:
-        self._refused(guest.host, error)
+    def _send_away(self, guest: _Guest, error: PrfaasError | None) -> None:
+        if error is not None:
+            self._refused(guest.host, error)
         self._lobby.leave(guest)
         shutdown(guest.sock)
         guest.sock.close()
@@ -178,3 +180,12 @@ class Listener:
     def _refused(self, host: str, error: PrfaasError) -> None:
         logger.warning("peer_refused address=%s reason=%s", host, error)
         self._telemetry.refused(error.reason)
+
+
+def _only_knocked(sock: socket.socket) -> bool:
+    """Say whether the guest left without a word: it wanted to know whether somebody is here."""
+    try:
+        info = read_tcp_info(sock)
+    except OSError:
+        return False
+    return info.closed_by_peer and info.received_bytes <= 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from prfaas_sglang.transfer import channel
@@ -30,6 +32,35 @@ def test_a_slow_link_is_not_taken_for_a_silent_peer(
         pair.exporter.send(1, pages, states=[[5]], aux_row=1, last=True)
         assert pair.decode.ended(1).reason == ""
         assert "silent" not in caplog.text  # it would be made good, at the price of what was on its way
+        assert_moved(pair, [pages, [5], [1]], [pages, [3], [2]])
+    finally:
+        pair.close()
+
+
+def test_a_cut_of_three_seconds_is_over_as_soon_as_the_link_heals(
+    wan: MakeWan, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Decode knocks while nothing comes, and moves the transfer to new connections at the first answer."""
+    caplog.set_level("INFO")
+    link = wan("metro", rate_bps=2e6, queue_bytes=60e3)
+    pair = Pair(connections=2)
+    try:
+        with link.entered("a"):
+            pair.address = (link.address("a"), pair.exporter.listen(link.address("a"), 0))
+        pages = list(range(40))
+        with link.entered("b"):  # the dialing thread inherits the side
+            pair.begin(1, pages, state=3, aux=2)
+        pair.prefill.wait(1, "grant")
+        pair.exporter.open(1, len(pages))
+        pair.exporter.send(1, pages, states=[[5]], aux_row=1, last=True)
+        pair.decode.wait(1, "progress")
+        link.partition()
+        time.sleep(3.0)
+        assert "path_is_back" not in caplog.text
+        link.heal()
+        assert pair.decode.ended(1).reason == ""
+        assert "path_is_back" in caplog.text
+        assert "peer_refused" not in caplog.text
         assert_moved(pair, [pages, [5], [1]], [pages, [3], [2]])
     finally:
         pair.close()
