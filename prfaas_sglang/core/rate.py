@@ -58,7 +58,7 @@ MIN_WINDOW_S = 0.06
 QUEUE_RATIO = 0.25
 MIN_QUEUE_S = 0.003
 #: Cap relative to the goodput measured when the link was full.
-HEADROOM = 0.99
+HEADROOM = 0.998
 DRAIN_RATIO = 0.8
 #: The same when the queue is deeper than a round trip: the link has become slower by far.
 DEEP_DRAIN_RATIO = 0.5
