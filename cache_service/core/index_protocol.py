@@ -1,4 +1,4 @@
-"""What every prefix index does, whichever core keeps it; `PrefixIndex` in core/index.py says what it means."""
+"""What every prefix index does, whichever core keeps it; core/index.py says what it means."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The prefix index kept in C++: the answers of core/index.py, in less time and memory.
 
-Decides only how names become slots; everything else is in index.hpp. Imports the compiled module, so it is
-imported by `cache_service.native` alone, which knows what to do without one.
+Decides only how names become slots; everything else is in index.hpp. Without the compiled module (`missing`
+says why) nothing here can be made; `cache_service.native` knows what to use instead.
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ from cache_service.core.events import (
 )
 from cache_service.core.ids import BlockHash, SourceId
 from cache_service.core.index_types import Applied, IndexCounts, Match
-from cache_service.native import _index
+
+try:
+    from cache_service.native import _index
+except ImportError as _error:
+    #: Why the native core cannot run here; None when it can.
+    missing: str | None = str(_error)
+else:
+    missing = None
 
 #: held.hpp: rows of holders, by group and tier.
-_ROW = {
-    (group, tier): (1 + place) * len(Tier) + tier for place, group in enumerate(Group) for tier in Tier
-}
+_ROW = {(group, tier): (1 + place) * len(Tier) + tier for place, group in enumerate(Group) for tier in Tier}
 _OF_ROW = {row: key for key, row in _ROW.items()}
 _STORED, _REMOVED, _CLEARED = range(3)
 
@@ -63,7 +68,7 @@ class DecodedBatch:
 
 
 def decode_batch(payload: bytes, *, page_size: int, dp_rank: int) -> DecodedBatch | None:
-    """Decode a batch as `wire.kv_events.decode_batch` does; None when that has anything to refuse, or might."""
+    """Decode a batch as `wire.kv_events.decode_batch` does; None when that has, or may have, a complaint."""
     native = _index.decode(payload, page_size, dp_rank)
     return None if native is None else DecodedBatch(native)
 
@@ -177,7 +182,7 @@ class NativeIndex:
         return list(starmap(Applied, self._core.apply_batch(self._slot_of(source), batch.native)))
 
     def apply_batch(self, source: SourceId, payload: bytes, page_size: int) -> list[Applied] | None:
-        """Decode and apply one batch of SGLang's KV events; None, and nothing done, when Python must look at it.
+        """Decode and apply a batch of SGLang's KV events; None, and nothing done, when it is not plain.
 
         Raises LocalProtocolError when `source` was not added.
         """

@@ -5,23 +5,23 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 
-from cache_service import native
 from cache_service.core.index import PrefixIndex
+from cache_service.native.index import NativeIndex, missing
 from tests.unit.cache_service.index_machine import BudgetMachine, IndexMachine
 
-pytestmark = pytest.mark.skipif(bool(native.missing), reason=f"no native core here: {native.missing}")
+pytestmark = pytest.mark.skipif(bool(missing), reason=f"no native core here: {missing}")
 
 
 class BothMachine(IndexMachine):
     """Both cores against the model and each other; dumps of one rebuild the other."""
 
-    factories = (PrefixIndex, lambda: native.NativeIndex())
+    factories = (PrefixIndex, NativeIndex)
 
 
 class NativeBudgetMachine(BudgetMachine):
     """The native core under a budget."""
 
-    factories = (lambda: native.NativeIndex(budget_bytes=3000),)
+    factories = (lambda: NativeIndex(budget_bytes=3000),)
 
 
 TestBothMachine = BothMachine.TestCase
