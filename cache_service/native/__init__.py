@@ -1,7 +1,7 @@
 """Which core keeps the prefix index: C++ where it was compiled, else Python. Both answer the same.
 
-`PRFAAS_INDEX=python|native|auto` chooses; auto, the default, takes what there is. Batches of KV events go into
-the native core as C++ decodes them; one that it cannot take whole is decoded in Python, which says what is wrong.
+`PRFAAS_INDEX=python|native|auto` chooses; auto, the default, takes what there is. Batches of KV events go
+into the native core as C++ decodes them; one that it cannot take whole is decoded in Python, which says why.
 """
 
 from __future__ import annotations
