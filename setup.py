@@ -22,9 +22,9 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "cache_service.native._index",
-            sources=[*sorted(map(str, SOURCES.glob("*.cpp"))), str(home / "nb_combined.cpp")],
+            sources=sorted(map(str, SOURCES.glob("*.cpp"))),
             depends=sorted(map(str, SOURCES.glob("*.hpp"))),
-            include_dirs=[nanobind.include_dir(), str(home.parent / "ext" / "robin_map" / "include")],
+            include_dirs=[nanobind.include_dir(), str(home), str(home.parent / "ext/robin_map/include")],
             extra_compile_args=["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", "-fno-strict-aliasing"],
             language="c++",
             optional=True,

@@ -24,7 +24,7 @@ from cache_service.core.ids import BlockHash, SourceId
 from cache_service.core.index_types import Applied, IndexCounts, Match
 
 try:
-    from cache_service.native import _index
+    import cache_service.native._index as _index
 except ImportError as _error:
     #: Why the native core cannot run here; None when it can.
     missing: str | None = str(_error)
