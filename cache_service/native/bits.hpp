@@ -1,9 +1,10 @@
 // A set of holders: bit i is the holder of slot i. Up to 256 holders live inside the object.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <cstring>
-#include <vector>
+#include <memory>
+#include <utility>
 
 namespace prfaas {
 
@@ -11,49 +12,55 @@ using u64 = std::uint64_t;
 
 class Bits {
  public:
-  explicit Bits(std::uint32_t words = 0) : words_(words) {
-    if (words > kInline) more_.assign(words, 0);
+  explicit Bits(std::uint32_t words) : words_(std::max(words, kInline)) {
+    if (words_ > kInline) more_.reset(new u64[words_]());
   }
-
-  u64* data() { return words_ > kInline ? more_.data() : inline_; }
-  const u64* data() const { return words_ > kInline ? more_.data() : inline_; }
-  std::uint32_t words() const { return words_; }
+  Bits(const Bits& other) : words_(other.words_) {
+    std::copy_n(other.inline_, kInline, inline_);
+    if (!other.more_) return;
+    more_.reset(new u64[words_]);
+    std::copy_n(other.more_.get(), words_, more_.get());
+  }
+  Bits& operator=(const Bits& other) { return *this = Bits(other); }
+  Bits(Bits&&) = default;
+  Bits& operator=(Bits&&) = default;
 
   bool any() const {
-    for (std::uint32_t i = 0; i < words_; ++i)
-      if (data()[i]) return true;
-    return false;
+    if (!more_) {
+      u64 all = 0;
+      for (std::uint32_t i = 0; i < kInline; ++i) all |= inline_[i];
+      return all;
+    }
+    return std::any_of(more_.get(), more_.get() + words_, [](u64 word) { return word; });
   }
   bool has(std::uint32_t slot) const { return data()[slot >> 6] >> (slot & 63) & 1; }
   void set(std::uint32_t slot) { data()[slot >> 6] |= u64{1} << (slot & 63); }
   void reset(std::uint32_t slot) { data()[slot >> 6] &= ~(u64{1} << (slot & 63)); }
 
-  std::uint32_t count() const {
-    std::uint32_t total = 0;
-    for (std::uint32_t i = 0; i < words_; ++i) total += __builtin_popcountll(data()[i]);
-    return total;
-  }
-
-  void add(const u64* other) {
-    for (std::uint32_t i = 0; i < words_; ++i) data()[i] |= other[i];
+  // Adds the members of a row of `words` words.
+  void add(const u64* row, std::uint32_t words) {
+    u64* mine = data();
+    for (std::uint32_t i = 0; i < words; ++i) mine[i] |= row[i];
   }
   Bits& operator|=(const Bits& other) {
-    add(other.data());
-    return *this;
+    return with(other, [](u64& mine, u64 theirs) { mine |= theirs; });
   }
   Bits& operator&=(const Bits& other) {
-    for (std::uint32_t i = 0; i < words_; ++i) data()[i] &= other.data()[i];
-    return *this;
+    return with(other, [](u64& mine, u64 theirs) { mine &= theirs; });
   }
   // Takes the members of `other` away.
   Bits& operator-=(const Bits& other) {
-    for (std::uint32_t i = 0; i < words_; ++i) data()[i] &= ~other.data()[i];
-    return *this;
+    return with(other, [](u64& mine, u64 theirs) { mine &= ~theirs; });
   }
-  friend Bits operator&(Bits a, const Bits& b) { return a &= b; }
-  friend Bits operator-(Bits a, const Bits& b) { return a -= b; }
+  friend Bits operator&(Bits a, const Bits& b) { return std::move(a &= b); }
+  friend Bits operator-(Bits a, const Bits& b) { return std::move(a -= b); }
   friend bool operator==(const Bits& a, const Bits& b) {
-    return std::memcmp(a.data(), b.data(), a.words_ * sizeof(u64)) == 0;
+    u64 different = 0;
+    if (!a.more_) {
+      for (std::uint32_t i = 0; i < kInline; ++i) different |= a.inline_[i] ^ b.inline_[i];
+      return !different;
+    }
+    return std::equal(a.more_.get(), a.more_.get() + a.words_, b.more_.get());
   }
   friend bool operator!=(const Bits& a, const Bits& b) { return !(a == b); }
 
@@ -67,15 +74,30 @@ class Bits {
 
   void widen(std::uint32_t words) {
     Bits wider(words);
-    std::memcpy(wider.data(), data(), words_ * sizeof(u64));
-    *this = wider;
+    wider.add(data(), words_);
+    *this = std::move(wider);
   }
 
  private:
   static constexpr std::uint32_t kInline = 4;
+
+  u64* data() { return more_ ? more_.get() : inline_; }
+  const u64* data() const { return more_ ? more_.get() : inline_; }
+
+  // Loops of a length known to the compiler where the words are inside: this is the inner loop of a match.
+  template <class Change>
+  Bits& with(const Bits& other, Change change) {
+    if (!more_) {
+      for (std::uint32_t i = 0; i < kInline; ++i) change(inline_[i], other.inline_[i]);
+    } else {
+      for (std::uint32_t i = 0; i < words_; ++i) change(more_[i], other.more_[i]);
+    }
+    return *this;
+  }
+
   std::uint32_t words_;
   u64 inline_[kInline] = {};
-  std::vector<u64> more_;
+  std::unique_ptr<u64[]> more_;
 };
 
 }  // namespace prfaas

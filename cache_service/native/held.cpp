@@ -64,8 +64,10 @@ bool HeldSets::holds_any(u32 id, u32 rows, u32 slot) const {
 
 void HeldSets::add_kind(u32 id, Kind kind, Bits& into) const {
   const Set& set = sets_[id];
-  for (u32 rest = set.rows & rows_of(kind); rest; rest &= rest - 1)
-    into.add(set.words.get() + place(set.rows, static_cast<u32>(__builtin_ctz(rest))));
+  u32 rest = set.rows & rows_of(kind);
+  if (!rest) return;
+  const u64* words = set.words.get() + place(set.rows, static_cast<u32>(__builtin_ctz(rest)));
+  for (; rest; rest &= rest - 1, words += words_) into.add(words, words_);
 }
 
 u32 HeldSets::changed(u32 id, u32 row, u32 slot, bool present) {

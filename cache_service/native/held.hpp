@@ -73,7 +73,10 @@ class HeldSets {
     u32 rows = 0;
   };
 
-  static u32 place_of(u32 rows, u32 row) { return __builtin_popcount(rows & ((1u << row) - 1)); }
+  static u32 place_of(u32 rows, u32 row) {
+    const u32 before = rows & ((1u << row) - 1);
+    return before ? static_cast<u32>(__builtin_popcount(before)) : 0;  // mostly there is one row
+  }
   u32 place(u32 rows, u32 row) const { return place_of(rows, row) * words_; }
   u32 changed(u32 id, u32 row, u32 slot, bool present);
   u32 intern(u32 rows, const u64* words);

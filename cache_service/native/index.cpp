@@ -264,7 +264,7 @@ void Index::evict(u32 index) {
     const u64* words = sets_.row(node.held, row);
     if (!words) continue;
     Bits holders(sets_.words());
-    holders.add(words);
+    holders.add(words, sets_.words());
     holders.each([&](u32 slot) {
       row < kTiers ? --holders_[slot].entries : --holders_[slot].group_entries;
     });

@@ -10,7 +10,7 @@ namespace {
 
 std::vector<u32> slots_of(const u64* words, u32 count) {
   Bits holders(count);
-  holders.add(words);
+  holders.add(words, count);
   std::vector<u32> slots;
   holders.each([&](u32 slot) { slots.push_back(slot); });
   return slots;

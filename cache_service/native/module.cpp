@@ -120,21 +120,25 @@ class PyIndex {
     std::size_t limit = query.size();
     if (!limit_blocks.is_none()) limit = static_cast<std::size_t>(std::max<i64>(0, nb::cast<i64>(limit_blocks)));
     const prfaas::Answer answer = index_.match(query, limit);
-    std::size_t total = 0;
-    for (const auto& depth : answer.depths) total += depth.holders.count();
-    nb::object found = nb::steal(PyList_New(static_cast<Py_ssize_t>(total)));
-    if (!found.is_valid()) throw nb::python_error();
-    Py_ssize_t at = 0;
-    std::vector<u32> slots;
+    std::vector<u32> slots;  // of all answers, depth by depth
+    std::vector<std::size_t> ends;
     for (const auto& depth : answer.depths) {
       by_name(depth.holders, slots);
-      const nb::object matched = number(static_cast<i64>(depth.matched));
-      const nb::object whole = number(static_cast<i64>(std::min(depth.matched, limit)));
-      for (const u32 slot : slots) {
-        const std::size_t usable = answer.usable.empty() ? prfaas::Answer::kWhole : answer.usable[slot];
-        const nb::object own =
-            usable == prfaas::Answer::kWhole ? whole : number(static_cast<i64>(usable));
-        PyList_SET_ITEM(found.ptr(), at++, new_match(slot, matched, own));
+      ends.push_back(slots.size());
+    }
+    nb::object found = nb::steal(PyList_New(static_cast<Py_ssize_t>(slots.size())));
+    if (!found.is_valid()) throw nb::python_error();
+    std::size_t at = 0;
+    for (std::size_t i = 0; i < ends.size(); ++i) {
+      const std::size_t depth = answer.depths[i].matched;
+      const nb::object matched = number(static_cast<i64>(depth));
+      const nb::object whole = depth <= limit ? matched : number(static_cast<i64>(limit));
+      for (; at < ends[i]; ++at) {
+        const std::size_t usable = answer.usable.empty() ? prfaas::Answer::kWhole : answer.usable[slots[at]];
+        PyObject* match = usable == prfaas::Answer::kWhole
+                              ? new_match(slots[at], matched, whole)
+                              : new_match(slots[at], matched, number(static_cast<i64>(usable)));
+        PyList_SET_ITEM(found.ptr(), static_cast<Py_ssize_t>(at), match);
       }
     }
     return found;
@@ -171,15 +175,18 @@ class PyIndex {
     return tuple_of(applied);
   }
 
+  // Appends the holders in the order of their names.
   void by_name(const prfaas::Bits& holders, std::vector<u32>& slots) const {
-    slots.clear();
-    if (holders.count() * 8 > order_.size()) {
-      for (const u32 slot : order_)
-        if (holders.has(slot)) slots.push_back(slot);
+    const std::size_t first = slots.size();
+    holders.each([&](u32 slot) { slots.push_back(slot); });
+    if ((slots.size() - first) * 8 < order_.size()) {
+      std::sort(slots.begin() + static_cast<std::ptrdiff_t>(first), slots.end(),
+                [this](u32 a, u32 b) { return rank_[a] < rank_[b]; });
       return;
     }
-    holders.each([&](u32 slot) { slots.push_back(slot); });
-    std::sort(slots.begin(), slots.end(), [this](u32 a, u32 b) { return rank_[a] < rank_[b]; });
+    slots.resize(first);
+    for (const u32 slot : order_)
+      if (holders.has(slot)) slots.push_back(slot);
   }
 
   // A named tuple made without calling its class, which would take most of the time of a match.
@@ -187,7 +194,7 @@ class PyIndex {
     auto* type = reinterpret_cast<PyTypeObject*>(match_type_.ptr());
     PyObject* match = type->tp_alloc(type, 3);
     if (!match) throw nb::python_error();
-    PyTuple_SET_ITEM(match, 0, nb::borrow(sources_[slot]).release().ptr());
+    PyTuple_SET_ITEM(match, 0, Py_NewRef(PyList_GET_ITEM(sources_.ptr(), static_cast<Py_ssize_t>(slot))));
     PyTuple_SET_ITEM(match, 1, matched.inc_ref().ptr());
     PyTuple_SET_ITEM(match, 2, usable.inc_ref().ptr());
     return match;

@@ -5,6 +5,23 @@
 
 namespace prfaas {
 
+namespace {
+
+// Deepest first, none twice.
+void merge(std::vector<Depth>& depths) {
+  std::sort(depths.begin(), depths.end(), [](const Depth& a, const Depth& b) { return a.matched > b.matched; });
+  std::size_t kept = 0;
+  for (std::size_t i = 1; i < depths.size(); ++i) {
+    if (depths[i].matched == depths[kept].matched)
+      depths[kept].holders |= depths[i].holders;
+    else if (++kept != i)
+      depths[kept] = std::move(depths[i]);
+  }
+  depths.erase(depths.begin() + static_cast<std::ptrdiff_t>(kept) + 1, depths.end());
+}
+
+}  // namespace
+
 Bits Index::holders_of(const Query& query, std::size_t position, Kind kind) const {
   Bits holders(sets_.words());
   i64 hash;
@@ -21,18 +38,11 @@ Answer Index::match(const Query& query, std::size_t limit) {
   if (!first.any()) return answer;
   const Bits walked = first & orphaned_;
   const Bits whole = first - walked;
-  if (walked.any()) walk(query, walked, answer.depths);
   if (whole.any()) bisect(query, whole, answer.depths);
-  std::sort(answer.depths.begin(), answer.depths.end(),
-            [](const Depth& a, const Depth& b) { return a.matched > b.matched; });
-  std::size_t kept = 0;
-  for (std::size_t i = 1; i < answer.depths.size(); ++i) {
-    if (answer.depths[i].matched == answer.depths[kept].matched)
-      answer.depths[kept].holders |= answer.depths[i].holders;
-    else if (++kept != i)
-      answer.depths[kept] = answer.depths[i];
+  if (walked.any()) {
+    walk(query, walked, answer.depths);
+    merge(answer.depths);
   }
-  answer.depths.erase(answer.depths.begin() + static_cast<std::ptrdiff_t>(kept) + 1, answer.depths.end());
   for (const Needs& needs : needs_)
     if ((needs.members & first).any()) usable(query, limit, needs, answer);
   if (budget_bytes_) {
@@ -55,7 +65,7 @@ void Index::walk(const Query& query, Bits alive, std::vector<Depth>& depths) con
   depths.push_back(Depth{query.size(), alive});
 }
 
-// For holders of the first block without holes. O(k log n) for k different depths.
+// For holders of the first block without holes, deepest first. O(k log n) for k different depths.
 void Index::bisect(const Query& query, const Bits& alive, std::vector<Depth>& depths) const {
   struct Span {
     std::size_t low, high;
