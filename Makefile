@@ -36,4 +36,4 @@ bench-smoke: setup ## every benchmark for a few seconds, so that none rots
 	$(PYTHON_BIN) -m benchmarks.smoke
 
 clean: ## remove .venv and everything generated
-	rm -rf .venv build runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build runs *.egg-info cache_service/native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

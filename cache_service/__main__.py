@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cache_service import config, logs
 from cache_service.core.errors import ConfigError
+from cache_service.native import core_name
 from cache_service.server import CacheServer
 
 log = logging.getLogger("cache_service")
@@ -87,6 +88,7 @@ async def _serve(settings: config.CacheConfig) -> int:
         port=server.port,
         metrics_port=server.metrics_port,
         workers=len(settings.workers),
+        index_core=core_name(),
     )
     server.on_failure(stopping.set)
     await stopping.wait()

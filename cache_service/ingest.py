@@ -34,9 +34,9 @@ from cache_service.config import IngestConfig, WorkerConfig
 from cache_service.core.errors import RemoteProtocolError
 from cache_service.core.sequencing import END_SEQ, Sequencer, Step
 from cache_service.metrics import Happening
+from cache_service.native import AnyBatch
 from cache_service.state import IndexState
 from cache_service.wire.codec import SourceState, SourceStats
-from cache_service.wire.kv_events import Batch, decode_batch
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ _LIVE_BURST = 32
 class _Frame:
     seq: int
     payload: bytes
-    batch: Batch | None  # None: no batch
+    batch: AnyBatch | None  # None: no batch
     sent_unix_s: float | None
 
 
@@ -310,9 +310,7 @@ class SourceStream:
         if number == END_SEQ:
             return _Frame(number, payload, None, None)
         try:
-            batch = decode_batch(
-                payload, page_size=self._index.namespace.page_size, dp_rank=self._source.dp_rank
-            )
+            batch = self._index.decode(self._source, payload)
         except RemoteProtocolError as error:
             self._count(Happening.GARBAGE, warn=True, problem=str(error), seq=number)
             return _Frame(number, payload, None, None)
@@ -324,7 +322,7 @@ class SourceStream:
             return
         for problem in frame.batch.refused:
             self._count(Happening.REFUSED_EVENT, warn=True, problem=str(problem), seq=frame.seq)
-        self._index.apply(self._source, frame.batch.events)
+        self._index.apply_batch(self._source, frame.batch)
 
     def _forget(self, why: Happening) -> None:
         self._sequencer.forget()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -96,6 +96,10 @@ class IndexMetrics:
             self._sources.labels(site, before).dec()
         if after is not None:
             self._sources.labels(site, after).inc()
+
+    def index_core(self, core: str) -> None:
+        """Say which core keeps the index: native or python."""
+        Info("prfaas_cache_index", "What keeps the index", registry=self.registry).info({"core": core})
 
     def observe_index(self, counts: Callable[[], IndexCounts], revision: Callable[[], int]) -> None:
         """Publish the sizes of the index, read when scraped."""

@@ -5,16 +5,17 @@ Decides what a query is answered with. Runs on one event loop; nothing here wait
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from cache_service.core.blocks import usable_tokens
 from cache_service.core.errors import PrfaasError
 from cache_service.core.events import AllCleared, BlocksStored, Event
 from cache_service.core.ids import Namespace, SiteId, SourceId
-from cache_service.core.index import PrefixIndex
+from cache_service.core.index_types import Applied
 from cache_service.core.query import Holder, Query
 from cache_service.metrics import IndexMetrics
+from cache_service.native import AnyBatch, apply_batch, core_name, decode_batch, make_index
 from cache_service.replication.publisher import Publisher
 from cache_service.replication.replica import Claims, Indexes
 from cache_service.store import DeltaLog, LogWriter
@@ -36,7 +37,7 @@ class IndexState:
         self, namespace: Namespace, sites: Mapping[SourceId, SiteId], log: DeltaLog, metrics: IndexMetrics
     ) -> None:
         self.namespace = namespace
-        self.index = PrefixIndex()
+        self.index = make_index()
         self.indexes = Indexes(self.index)
         self.claims = Claims(dict(sites))
         self.writer = LogWriter(log, self.index)
@@ -46,6 +47,7 @@ class IndexState:
         self._sites = dict(sites)
         for source in self._sites:
             self.index.add(source)
+        metrics.index_core(core_name())
         metrics.observe_index(self.index.counts, lambda: self.index.revision)
         metrics.observe_log(lambda: self.writer.log_bytes, lambda: self.writer.log_segments)
 
@@ -58,20 +60,36 @@ class IndexState:
         """Return the site of a configured source."""
         return self._sites[source]
 
+    def decode(self, source: SourceId, payload: bytes) -> AnyBatch:
+        """Decode a batch of one source. Raises RemoteProtocolError when the payload is no batch of it."""
+        page_size = self.namespace.page_size
+        return decode_batch(self.index, payload, page_size=page_size, dp_rank=source.dp_rank)
+
+    def apply_batch(self, source: SourceId, batch: AnyBatch) -> None:
+        """Take what `decode` made of a batch of one source."""
+        for applied, event in apply_batch(self.index, source, batch):
+            self._applied(source, applied, event)
+
     def apply(self, source: SourceId, events: Iterable[Event]) -> None:
-        """Take a batch of events of one source."""
-        site = self._sites[source]
+        """Take some events of one source."""
         for event in events:
-            applied = self.index.apply(source, event)
-            self.metrics.applied(site, applied)
-            if applied.conflicts and isinstance(event, BlocksStored):
-                event = replace(event, hashes=event.hashes[: -applied.conflicts] or event.hashes)
-            if not (applied.stored or applied.removed):
-                continue
-            if self._publisher is None:
-                self.writer.add((source, event))
-            elif site == self._published_site:
-                self._publisher.add((source, event))
+            self._applied(source, self.index.apply(source, event), lambda event=event: event)  # type: ignore[misc]
+
+    def _applied(self, source: SourceId, applied: Applied, make_event: Callable[[], Event]) -> None:
+        """Count and pass on what one event changed."""
+        site = self._sites[source]
+        self.metrics.applied(site, applied)
+        if not (applied.stored or applied.removed):
+            return
+        if self._publisher is not None and site != self._published_site:
+            return
+        event = make_event()
+        if applied.conflicts and isinstance(event, BlocksStored):
+            event = replace(event, hashes=event.hashes[: -applied.conflicts] or event.hashes)
+        if self._publisher is None:
+            self.writer.add((source, event))
+        else:
+            self._publisher.add((source, event))
 
     def clear(self, source: SourceId) -> int:
         """Drop all that a source holds; return how many entries went."""

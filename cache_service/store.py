@@ -24,7 +24,7 @@ from typing import Protocol
 from cache_service.core import delta
 from cache_service.core.delta import Change
 from cache_service.core.errors import LocalProtocolError
-from cache_service.core.index import PrefixIndex
+from cache_service.core.index_protocol import BlockIndex
 from cache_service.core.log import LogEntry, LogPosition, Segment, Snapshot
 
 
@@ -129,7 +129,7 @@ class LogWriter:
     def __init__(
         self,
         log: DeltaLog,
-        index: PrefixIndex,
+        index: BlockIndex,
         *,
         max_pending_blocks: int = 1 << 20,
         snapshot_bytes: int = 1 << 20,
@@ -215,7 +215,7 @@ class LogWriter:
         if everything is not None:
             self._snapshotting = asyncio.create_task(self._snapshot(position, everything), name="snapshot")
 
-    async def _snapshot(self, at: LogPosition, everything: PrefixIndex) -> None:
+    async def _snapshot(self, at: LogPosition, everything: BlockIndex) -> None:
         log_bytes, log_segments = self.log_bytes, self.log_segments
         payload = await _dump(everything)
         await self._log.snapshot(at, payload)
@@ -235,11 +235,11 @@ class LogWriter:
         return self.log_bytes + more_bytes > limit or self.log_segments + 1 >= self._snapshot_segments
 
 
-async def _dump(index: PrefixIndex) -> bytes:
+async def _dump(index: BlockIndex) -> bytes:
     return await asyncio.to_thread(lambda: delta.encode(list(index.dump())))
 
 
-def apply_entry(index: PrefixIndex, entry: LogEntry) -> None:
+def apply_entry(index: BlockIndex, entry: LogEntry) -> None:
     """Bring a replica up to `entry`. Raises RemoteProtocolError for bytes that are no segment."""
     changes = delta.decode(entry.payload) if entry.payload else []
     if isinstance(entry, Snapshot):

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 
 lock=constraints/cpu.txt
 stamp=.venv/.setup-stamp
-want=$(cat pyproject.toml "$lock" scripts/setup.sh | sha256sum | cut -d' ' -f1)
+want=$(cat pyproject.toml setup.py "$lock" scripts/setup.sh cache_service/native/*.?pp | sha256sum | cut -d' ' -f1)
 if [ "$(cat "$stamp" 2>/dev/null || true)" = "$want" ]; then
   exit 0
 fi
@@ -44,7 +44,10 @@ say "3/4 SGLang 0.5.21 and the Mooncake transfer engine (the stock peer)"
 grep -E '^(sglang==|mooncake-|openai|anthropic==|apache-tvm-ffi==|xgrammar==)' "$lock" > .venv/no-deps.txt
 pip install --no-deps --requirement .venv/no-deps.txt
 say "4/4 prfaas-sglang itself"
+rm -f cache_service/native/_index.*.so  # of other sources, if this build fails
 pip install --no-deps --no-build-isolation --editable .
+core=$(env -u PRFAAS_INDEX .venv/bin/python -c 'from cache_service.native import core_name; print(core_name())')
+[ "$core" = native ] || say "no C++ compiler here: the prefix index runs in Python (apt-get install g++ for the native one)"
 
 # Mooncake's library needs libibverbs.so.1, even for TCP. Only the side-by-side runs need it.
 if ! ldconfig -p 2>/dev/null | grep -q libibverbs.so.1; then

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from cache_service.core.delta import Change
 from cache_service.core.ids import BlockHash
-from cache_service.core.index import PrefixIndex
 from cache_service.core.publish import PublishFilter, PublishPolicy
+from cache_service.native import make_index
 from cache_service.store import DeltaLog, LogWriter
 
 #: How often the budget is looked at.
@@ -24,7 +24,7 @@ class Publisher:
         self, log: DeltaLog, policy: PublishPolicy, *, may_write: Callable[[], bool] = lambda: True
     ) -> None:
         self.filter = PublishFilter(policy)
-        self.index = PrefixIndex()
+        self.index = make_index()
         self.writer = LogWriter(log, self.index)
         self._may_write = may_write
         self._adapted_at_s: float | None = None

@@ -15,8 +15,9 @@ from cache_service.core import delta
 from cache_service.core.delta import Change
 from cache_service.core.events import BlocksStored
 from cache_service.core.ids import SiteId, SourceId
-from cache_service.core.index import PrefixIndex
+from cache_service.core.index_protocol import BlockIndex
 from cache_service.core.log import LogEntry, LogPosition, Snapshot
+from cache_service.native import make_index
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +60,12 @@ class Claims:
 class Indexes:
     """Indexes by stride: 1 is the service's own, where a block is a block; in others it stands for more."""
 
-    def __init__(self, own: PrefixIndex) -> None:
-        self.by_stride: dict[int, PrefixIndex] = {1: own}
+    def __init__(self, own: BlockIndex) -> None:
+        self.by_stride: dict[int, BlockIndex] = {1: own}
 
-    def of(self, stride: int) -> PrefixIndex:
+    def of(self, stride: int) -> BlockIndex:
         """Return the index of a stride, made when it is new."""
-        return self.by_stride.setdefault(stride, PrefixIndex())
+        return self.by_stride.setdefault(stride, make_index())
 
 
 class RemoteSite:

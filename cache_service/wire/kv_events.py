@@ -48,6 +48,9 @@ class _RawBatch(msgspec.Struct, array_like=True, gc=False):
     attn_dp_rank: int | None = None
 
 
+#: Text that is not UTF-8 raises Python's own error.
+_UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError)
+
 _BATCH = msgspec.msgpack.Decoder(_Batch)
 _RAW_BATCH = msgspec.msgpack.Decoder(_RawBatch)
 _EVENT = msgspec.msgpack.Decoder(_WireEvent)
@@ -78,7 +81,7 @@ def decode_batch(payload: bytes, *, page_size: int, dp_rank: int) -> Batch:
     try:
         batch = _BATCH.decode(payload)
         sent_unix_s, rank, decoded = batch.ts, batch.attn_dp_rank, batch.events
-    except msgspec.DecodeError:
+    except _UNDECODABLE:
         sent_unix_s, rank, decoded = _decode_one_by_one(payload, refused)
     if rank is not None and rank != dp_rank:
         raise RemoteProtocolError(
@@ -99,13 +102,13 @@ def _decode_one_by_one(
     """Save what can be saved of a batch with an event that we do not know."""
     try:
         batch = _RAW_BATCH.decode(payload)
-    except msgspec.DecodeError as error:
+    except _UNDECODABLE as error:
         raise RemoteProtocolError(f"not a KV event batch: {error}", reason="garbage") from error
     decoded: list[_WireEvent] = []
     for raw in batch.events:
         try:
             decoded.append(_EVENT.decode(raw))
-        except msgspec.DecodeError as error:
+        except _UNDECODABLE as error:
             refused.append(RemoteProtocolError(f"not a known KV event: {error}", reason="unknown_event"))
     return batch.ts, batch.attn_dp_rank, decoded
 

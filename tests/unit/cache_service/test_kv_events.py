@@ -40,6 +40,15 @@ STORED = {
 }
 
 
+def test_text_that_is_not_utf8() -> None:
+    """It spoils its event, or a batch of which it is no part of an event, and nothing more."""
+    broken = encode(STORED, STORED).replace(b"GPU", b"G\x80U", 1)
+    batch = decode_batch(broken, page_size=4, dp_rank=0)
+    assert (len(batch.events), len(batch.refused)) == (1, 1)
+    with pytest.raises(RemoteProtocolError, match="not a KV event batch"):
+        decode_batch(b"\x93\xa1\x80\x90\x00", page_size=4, dp_rank=0)
+
+
 def test_all_kinds() -> None:
     """Each kind of event is decoded; keys that we do not use, and left-out ones, do not matter."""
     batch = decode_batch(

@@ -1,0 +1,1 @@
+"""What bench_index measures: prefix indexes behind one face."""

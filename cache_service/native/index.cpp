@@ -1,0 +1,283 @@
+// What changes the index.
+#include "index.hpp"
+
+#include <algorithm>
+
+namespace prfaas {
+
+void Index::reserve_slots(u32 slots) {
+  holders_.resize(std::max<std::size_t>(holders_.size(), slots));
+  const u32 words = static_cast<u32>((holders_.size() + 63) / 64);
+  if (words <= sets_.words()) return;
+  sets_.widen(words);
+  orphaned_.widen(words);
+  quarantined_.widen(words);
+  for (Needs& needs : needs_) needs.members.widen(words);
+}
+
+void Index::release_slot(u32 slot) {
+  quarantined_.reset(slot);
+  for (Needs& needs : needs_) needs.members.reset(slot);
+  needs_.erase(std::remove_if(needs_.begin(), needs_.end(), [](const Needs& n) { return !n.members.any(); }),
+               needs_.end());
+}
+
+void Index::declare(u32 slot, bool state, u32 window_blocks) {
+  const bool quarantined = quarantined_.has(slot);
+  release_slot(slot);
+  if (quarantined) quarantined_.set(slot);
+  ++revision_;
+  if (!state && !window_blocks) return;
+  for (Needs& needs : needs_)
+    if (needs.state == state && needs.window_blocks == window_blocks) return needs.members.set(slot);
+  needs_.push_back(Needs{state, window_blocks, Bits(sets_.words())});
+  needs_.back().members.set(slot);
+}
+
+void Index::quarantine(u32 slot, bool on) {
+  on ? quarantined_.set(slot) : quarantined_.reset(slot);
+  ++revision_;
+}
+
+Applied Index::store(u32 slot, u32 tier, const i64* hashes, std::size_t count, const i64* parent_hash) {
+  const u32 row = row_of(kBlock, tier);
+  Applied applied;
+  Transition added(sets_, row, slot, true);
+  u32 parent = parent_hash ? nodes_.find(*parent_hash) : kRoot;
+  for (std::size_t i = 0; i < count; ++i) {
+    const u32 index = nodes_.find_or_make(hashes[i]);
+    Node& node = nodes_[index];
+    if (known(node) && node.parent != parent) {
+      // The rest of the run hangs below a refused block: refuse it too.
+      applied.conflicts = count - i;
+      break;
+    }
+    if (sets_.holds(node.held, row, slot)) {
+      ++applied.unchanged;
+    } else {
+      if (parent == kNone) parent = nodes_.find_or_make(*parent_hash);
+      gain(slot, index, parent);
+      move(node, added.of(node.held));
+      ++applied.stored;
+    }
+    parent = index;
+  }
+  holders_[slot].entries += applied.stored;
+  settle(slot);
+  if (budget_bytes_ && parent < kRoot && known(nodes_[parent])) {
+    touch(parent);
+    if (is_leaf(parent)) queue_leaf(parent, 0);
+  }
+  return applied;
+}
+
+Applied Index::remove(u32 slot, u32 tier, const i64* hashes, std::size_t count) {
+  const u32 row = row_of(kBlock, tier);
+  Applied applied;
+  Transition taken(sets_, row, slot, false);
+  for (std::size_t i = 0; i < count; ++i) {
+    const u32 index = nodes_.find(hashes[i]);
+    if (index == kNone || !sets_.holds(nodes_[index].held, row, slot)) continue;
+    Node& node = nodes_[index];
+    ++applied.removed;
+    move(node, taken.of(node.held));
+    if (!holds(node, slot)) lose(slot, index);
+    if (!known(node)) forget(index);
+  }
+  applied.unchanged = count - applied.removed;
+  holders_[slot].entries -= applied.removed;
+  settle(slot);
+  return applied;
+}
+
+Applied Index::store_group(u32 slot, u32 row, const i64* hashes, std::size_t count) {
+  Applied applied;
+  Transition added(sets_, row, slot, true);
+  for (std::size_t i = 0; i < count; ++i) {
+    Node& node = nodes_[nodes_.find_or_make(hashes[i])];
+    if (sets_.holds(node.held, row, slot)) continue;
+    move(node, added.of(node.held));
+    ++applied.stored;
+  }
+  applied.unchanged = count - applied.stored;
+  holders_[slot].group_entries += applied.stored;
+  return applied;
+}
+
+Applied Index::remove_group(u32 slot, u32 row, const i64* hashes, std::size_t count) {
+  Applied applied;
+  Transition taken(sets_, row, slot, false);
+  for (std::size_t i = 0; i < count; ++i) {
+    const u32 index = nodes_.find(hashes[i]);
+    if (index == kNone || !sets_.holds(nodes_[index].held, row, slot)) continue;
+    move(nodes_[index], taken.of(nodes_[index].held));
+    ++applied.removed;
+    free_if_unused(index);
+  }
+  applied.unchanged = count - applied.removed;
+  holders_[slot].group_entries -= applied.removed;
+  return applied;
+}
+
+void Index::finish(const Applied& applied) {
+  if (applied.stored || applied.removed) ++revision_;
+  if (budget_bytes_) evict_to_budget();
+}
+
+u64 Index::clear(u32 slot) {
+  Holder& holder = holders_[slot];
+  const u64 gone = holder.entries + holder.group_entries;
+  if (!gone) return 0;
+  // First each set's successor, kept alive: while nodes move, numbers of sets must not change hands.
+  std::vector<u32> after(sets_.size(), kNone);
+  for (u32 id = 1; id < after.size(); ++id) {
+    if (!sets_.used(id) || !sets_.holds_any(id, (1u << kRows) - 1, slot)) continue;
+    after[id] = sets_.without_holder(id, slot);
+    sets_.keep(after[id]);
+  }
+  for (u32 index = 0; index < nodes_.end(); ++index) {
+    Node& node = nodes_[index];
+    if (!nodes_.live(index) || node.held >= after.size() || after[node.held] == kNone) continue;
+    const bool was_known = known(node);
+    move(node, after[node.held]);
+    if (was_known && !known(node))
+      forget(index);
+    else
+      free_if_unused(index);
+  }
+  for (const u32 id : after)
+    if (id != kNone) sets_.leave(id);
+  holder = Holder{};
+  settle(slot);
+  ++revision_;
+  return gone;
+}
+
+// A holder is about to hold a block in one more tier.
+void Index::gain(u32 slot, u32 index, u32 parent) {
+  Node& node = nodes_[index];
+  if (!known(node)) {
+    nodes_.link(index, parent);
+    ++blocks_;
+  } else if (holds(node, slot)) {
+    return;
+  }
+  u64& orphans = holders_[slot].orphans;
+  // Its children that the holder has are orphans until now: without any, none has to be looked at.
+  if (orphans)
+    for (u32 child = node.child; child != kNone; child = nodes_[child].next)
+      orphans -= holds(nodes_[child], slot);
+  if (parent != kRoot && !holds(nodes_[parent], slot)) ++orphans;
+}
+
+// A holder has a block in no tier any more.
+void Index::lose(u32 slot, u32 index) {
+  const Node& node = nodes_[index];
+  u64& orphans = holders_[slot].orphans;
+  if (node.parent != kRoot && !holds(nodes_[node.parent], slot)) --orphans;
+  for (u32 child = node.child; child != kNone; child = nodes_[child].next)
+    orphans += holds(nodes_[child], slot);
+}
+
+// Nobody holds a block any more.
+void Index::forget(u32 index) {
+  const u32 parent = nodes_.unlink(index);
+  --blocks_;
+  if (budget_bytes_) {
+    u64 tick = 0;
+    if (index < used_.size()) std::swap(tick, used_[index]);
+    if (parent != kRoot && is_leaf(parent)) queue_leaf(parent, tick);
+  }
+  free_if_unused(index);
+  if (parent != kRoot) free_if_unused(parent);
+}
+
+void Index::free_if_unused(u32 index) {
+  const Node& node = nodes_[index];
+  if (node.held == kNobody && node.child == kNone && nodes_.live(index)) nodes_.free(index);
+}
+
+void Index::settle(u32 slot) {
+  holders_[slot].orphans ? orphaned_.set(slot) : orphaned_.reset(slot);
+}
+
+// -- the budget: which leaf was used longest ago. The heap is lazy: an entry whose block was used again goes back
+// with its new tick, one whose block is gone or has children again is thrown away.
+
+void Index::touch(u32 index) {
+  if (index >= used_.size()) {
+    used_.resize(nodes_.end(), 0);
+    queued_.resize(nodes_.end(), false);
+  }
+  used_[index] = ++clock_;
+}
+
+void Index::queue_leaf(u32 index, u64 tick) {
+  if (index >= used_.size()) {
+    used_.resize(nodes_.end(), 0);
+    queued_.resize(nodes_.end(), false);
+  }
+  used_[index] = std::max(used_[index], tick);
+  if (queued_[index]) return;
+  queued_[index] = true;
+  heap_.push_back(Queued{used_[index], index});
+  std::push_heap(heap_.begin(), heap_.end());
+}
+
+void Index::evict_to_budget() {
+  while (bytes_estimate() > budget_bytes_) {
+    const u32 index = next_to_evict();
+    if (index == kNone) return;
+    evict(index);
+    ++evicted_;
+    ++revision_;
+  }
+}
+
+u32 Index::next_to_evict() {
+  while (!heap_.empty()) {
+    std::pop_heap(heap_.begin(), heap_.end());
+    const Queued oldest = heap_.back();
+    heap_.pop_back();
+    const bool leaf = is_leaf(oldest.node);
+    if (leaf && used_[oldest.node] != oldest.tick) {
+      heap_.push_back(Queued{used_[oldest.node], oldest.node});
+      std::push_heap(heap_.begin(), heap_.end());
+      continue;
+    }
+    queued_[oldest.node] = false;
+    if (leaf) return oldest.node;
+  }
+  // States of blocks that nobody holds, and cycles of lies: nothing that a match could use.
+  for (u32 looked = 0; looked < nodes_.end(); ++looked, ++sweep_) {
+    if (sweep_ >= nodes_.end()) sweep_ = 0;
+    if (nodes_.live(sweep_) && nodes_[sweep_].held != kNobody) return sweep_;
+  }
+  return kNone;
+}
+
+void Index::evict(u32 index) {
+  Node& node = nodes_[index];
+  Bits everyone(sets_.words());
+  sets_.add_kind(node.held, kBlock, everyone);
+  for (u32 row = 0; row < kRows; ++row) {
+    const u64* words = sets_.row(node.held, row);
+    if (!words) continue;
+    Bits holders(sets_.words());
+    holders.add(words, sets_.words());
+    holders.each([&](u32 slot) {
+      row < kTiers ? --holders_[slot].entries : --holders_[slot].group_entries;
+    });
+  }
+  move(node, kNobody);
+  everyone.each([&](u32 slot) {
+    lose(slot, index);
+    settle(slot);
+  });
+  if (everyone.any())
+    forget(index);
+  else
+    free_if_unused(index);
+}
+
+}  // namespace prfaas

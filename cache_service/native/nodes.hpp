@@ -1,0 +1,77 @@
+// The blocks by hash, and which hangs below which.
+//
+// A node lives while its block is held, has a group entry, or has a child that is held. Only a held block is
+// linked to its parent; what it hangs below is forgotten with its last holder (its children keep naming it).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "held.hpp"
+
+namespace prfaas {
+
+using i64 = std::int64_t;
+
+constexpr u32 kNone = 0xFFFFFFFF;  // no node
+constexpr u32 kRoot = 0xFFFFFFFE;  // as a parent: none, the block begins a prompt
+
+struct __attribute__((packed, aligned(4))) Node {
+  i64 hash;
+  u32 parent;  // kNone for a block that nobody holds
+  u32 child;   // the first of its held children
+  u32 next;    // siblings; of a free node, the next free one
+  u32 prev;
+  u32 held;  // HeldSets number
+};
+static_assert(sizeof(Node) == 28);
+
+class Nodes {
+ public:
+  Nodes();
+  Nodes(const Nodes& other);
+  Nodes& operator=(const Nodes&) = delete;
+
+  Node& operator[](u32 index) { return chunks_[index >> kBits][index & (kChunk - 1)]; }
+  const Node& operator[](u32 index) const { return chunks_[index >> kBits][index & (kChunk - 1)]; }
+
+  u32 find(i64 hash) const;
+  u32 find_or_make(i64 hash);
+  // Frees a node that has no child, no parent and no holder.
+  void free(u32 index);
+
+  void link(u32 index, u32 parent);
+  // Cuts a node from its parent and returns it, kRoot for none.
+  u32 unlink(u32 index);
+
+  // Nodes in use, and one past the highest index ever used.
+  u32 count() const { return count_; }
+  u32 end() const { return end_; }
+  bool live(u32 index) const { return (*this)[index].prev != kFreed; }
+  std::size_t bytes() const { return std::size_t{count_} * (sizeof(Node) + 10); }
+
+ private:
+  static constexpr u32 kBits = 14;
+  static constexpr u32 kChunk = 1u << kBits;
+  static constexpr u32 kFreed = 0xFFFFFFFD;
+
+  static u64 mix(i64 hash) {
+    const u64 mixed = static_cast<u64>(hash) * 0x9E3779B97F4A7C15ull;
+    return mixed ^ mixed >> 32;
+  }
+  // Seven bits beside those that choose the place: most probes of another block end without touching its node.
+  static std::uint8_t tag_of(u64 mixed) { return static_cast<std::uint8_t>(mixed >> 57 | 0x80); }
+  void grow();
+  void put(u64 mixed, u32 index);
+
+  std::vector<std::unique_ptr<Node[]>> chunks_;
+  std::vector<std::uint8_t> tags_;  // 0 is an empty place
+  std::vector<u32> places_;
+  std::size_t mask_;
+  u32 count_ = 0;
+  u32 end_ = 0;
+  u32 free_ = kNone;
+};
+
+}  // namespace prfaas

@@ -1,0 +1,153 @@
+// What the index answers; core/index_search.py says how and why.
+#include <algorithm>
+
+#include "index.hpp"
+
+namespace prfaas {
+
+namespace {
+
+// Deepest first, none twice.
+void merge(std::vector<Depth>& depths) {
+  std::sort(depths.begin(), depths.end(), [](const Depth& a, const Depth& b) { return a.matched > b.matched; });
+  std::size_t kept = 0;
+  for (std::size_t i = 1; i < depths.size(); ++i) {
+    if (depths[i].matched == depths[kept].matched)
+      depths[kept].holders |= depths[i].holders;
+    else if (++kept != i)
+      depths[kept] = std::move(depths[i]);
+  }
+  depths.erase(depths.begin() + static_cast<std::ptrdiff_t>(kept) + 1, depths.end());
+}
+
+}  // namespace
+
+Bits Index::holders_of(const Query& query, std::size_t position, Kind kind) const {
+  Bits holders(sets_.words());
+  i64 hash;
+  if (!query.at(position, hash)) return holders;
+  const u32 index = nodes_.find(hash);
+  if (index != kNone) sets_.add_kind(nodes_[index].held, kind, holders);
+  return holders;
+}
+
+Answer Index::match(const Query& query, std::size_t limit) {
+  Answer answer;
+  if (!query.size()) return answer;
+  const Bits first = holders_of(query, 0, kBlock) - quarantined_;
+  if (!first.any()) return answer;
+  const Bits walked = first & orphaned_;
+  const Bits whole = first - walked;
+  if (whole.any()) bisect(query, whole, answer.depths);
+  if (walked.any()) {
+    walk(query, walked, answer.depths);
+    merge(answer.depths);
+  }
+  for (const Needs& needs : needs_)
+    if ((needs.members & first).any()) usable(query, limit, needs, answer);
+  if (budget_bytes_) {
+    i64 hash;
+    query.at(answer.depths[0].matched - 1, hash);
+    touch(nodes_.find(hash));
+  }
+  return answer;
+}
+
+// Block by block, for holders that may have holes. O(depth).
+void Index::walk(const Query& query, Bits alive, std::vector<Depth>& depths) const {
+  for (std::size_t depth = 0; depth < query.size(); ++depth) {
+    const Bits rest = holders_of(query, depth, kBlock) & alive;
+    if (rest == alive) continue;
+    depths.push_back(Depth{depth, alive - rest});
+    if (!rest.any()) return;
+    alive = rest;
+  }
+  depths.push_back(Depth{query.size(), alive});
+}
+
+// For holders of the first block without holes, deepest first. O(k log n) for k different depths.
+void Index::bisect(const Query& query, const Bits& alive, std::vector<Depth>& depths) const {
+  struct Span {
+    std::size_t low, high;
+    Bits at_low, at_high;
+  };
+  const std::size_t last = query.size() - 1;
+  const Bits at_last = holders_of(query, last, kBlock) & alive;
+  if (at_last.any()) depths.push_back(Depth{last + 1, at_last});
+  if (at_last == alive) return;
+  std::vector<Span> spans{Span{0, last, alive, at_last}};
+  while (!spans.empty()) {
+    Span span = std::move(spans.back());
+    spans.pop_back();
+    while (span.high - span.low > 1) {
+      const std::size_t middle = (span.low + span.high) / 2;
+      const Bits at_middle = holders_of(query, middle, kBlock) & span.at_low;
+      if (at_middle == span.at_high) {
+        span.high = middle;
+        continue;
+      }
+      if (at_middle != span.at_low) spans.push_back(Span{span.low, middle, span.at_low, at_middle});
+      span.low = middle;
+      span.at_low = at_middle;
+    }
+    depths.push_back(Depth{span.high, span.at_low - span.at_high});
+  }
+}
+
+// The deepest boundary at which each holder with these needs has what they say. One pass up from the deepest: a
+// holder seeks a boundary with a state, then its window is checked; where that has a hole, it seeks on from there.
+void Index::usable(const Query& query, std::size_t limit, const Needs& needs, Answer& answer) const {
+  if (answer.usable.empty()) answer.usable.assign(holders_.size(), Answer::kWhole);
+  std::vector<Depth> wanted;
+  for (const Depth& depth : answer.depths) {
+    Bits seekers = depth.holders & needs.members;
+    seekers.each([&](u32 slot) {
+      answer.usable[slot] = 0;
+      if (!holders_[slot].group_entries) seekers.reset(slot);  // nothing to find
+    });
+    if (!seekers.any()) continue;
+    const std::size_t at = std::min(depth.matched, limit);
+    if (!wanted.empty() && wanted.back().matched == at)
+      wanted.back().holders |= seekers;
+    else
+      wanted.push_back(Depth{at, seekers});
+  }
+  const auto found = [&](std::size_t boundary, const Bits& holders) {
+    holders.each([&](u32 slot) { answer.usable[slot] = boundary; });
+  };
+  std::vector<Depth> checking, still;
+  Bits seeking(sets_.words());
+  std::size_t next = 0, boundary = 0;
+  while (next < wanted.size() || !checking.empty() || seeking.any()) {
+    if (checking.empty() && !seeking.any()) boundary = wanted[next].matched;
+    if (boundary < 1) return;
+    if (next < wanted.size() && wanted[next].matched == boundary) seeking |= wanted[next++].holders;
+    const std::size_t position = boundary - 1;
+    if (seeking.any()) {
+      const Bits here = needs.state ? holders_of(query, position, kState) & seeking : seeking;
+      if (here.any()) {
+        seeking -= here;
+        if (needs.window_blocks)
+          checking.push_back(Depth{boundary, here});
+        else
+          found(boundary, here);
+      }
+    }
+    --boundary;
+    if (checking.empty()) continue;
+    const Bits have = holders_of(query, position, kWindow);
+    still.clear();
+    for (const Depth& check : checking) {
+      seeking |= check.holders - have;
+      const Bits whole = check.holders & have;
+      if (!whole.any()) continue;
+      if (check.matched - boundary >= std::min<std::size_t>(needs.window_blocks, check.matched))
+        found(check.matched, whole);
+      else
+        still.push_back(Depth{check.matched, whole});
+    }
+    checking.swap(still);
+  }
+}
+
+}  // namespace prfaas

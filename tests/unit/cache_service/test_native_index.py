@@ -1,0 +1,242 @@
+"""The native index against the Python one: the same operations and bytes, the same answers."""
+
+from __future__ import annotations
+
+import random
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache_service import native
+from cache_service.core.errors import ConfigError, LocalProtocolError, RemoteProtocolError
+from cache_service.core.events import BlocksRemoved, BlocksStored, Event, Group, GroupStored, Tier
+from cache_service.core.ids import BlockHash, SourceId, WorkerId
+from cache_service.core.index import PrefixIndex
+from cache_service.native.index import DecodedBatch, NativeIndex, missing
+from cache_service.native.index import decode_batch as decode_plain
+from cache_service.wire.kv_events import decode_batch
+from tests.unit.cache_service.index_machine import SOURCES, BudgetMachine, IndexMachine, chain
+from tests.unit.cache_service.test_kv_events import MSGPACK, RECORDED, STORED, encode
+
+pytestmark = pytest.mark.skipif(bool(missing), reason=f"no native core here: {missing}")
+
+A, B = SOURCES[:2]
+
+
+class BothMachine(IndexMachine):
+    """Both cores against the model and each other; dumps of one rebuild the other."""
+
+    factories = (PrefixIndex, NativeIndex)
+
+
+class NativeBudgetMachine(BudgetMachine):
+    """The native core under a budget."""
+
+    factories = (lambda: NativeIndex(budget_bytes=3000),)
+
+
+TestBothMachine = BothMachine.TestCase
+TestBothMachine.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestNativeBudgetMachine = NativeBudgetMachine.TestCase
+TestNativeBudgetMachine.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
+
+
+@pytest.mark.parametrize("holders", [3, 70, 300])
+def test_many_holders_and_blocks(holders: int) -> None:
+    """Sets wider than a word and than a set's inline room, growing tables, holders that come and go."""
+    rng = random.Random(holders)
+    both = (PrefixIndex(), NativeIndex())
+    sources = [SourceId(WorkerId(f"w{rng.random()}"), i % 2) for i in range(holders)]
+    chains = [chain(*range(c << 20, (c << 20) + 400)) for c in range(-4, 8)]
+    for step in range(1500):
+        source = sources[rng.randrange(1 + step * holders // 1500)]
+        run = rng.choice(chains)
+        first, last = sorted(rng.sample(range(len(run) + 1), 2))
+        part, tier = run[first:last], rng.choice(list(Tier))
+        event: Event = rng.choice(
+            [
+                BlocksStored(part, run[first - 1] if first else None, tier),
+                BlocksStored(run[:last], None, tier),
+                BlocksRemoved(run[first : first + 8], tier),
+                GroupStored(rng.choice(list(Group)), part, tier),
+            ]
+        )
+        for index in both:
+            index.add(source)
+            if step % 97 == 0:
+                index.declare(source, step % 2 == 0, step % 5)
+        answers = {index.apply(source, event) for index in both}
+        assert len(answers) == 1
+        if step % 50 == 0:
+            for index in both:
+                index.drop(source)
+        query = (*run[: rng.randrange(len(run))], BlockHash(5 << 40))
+        assert both[0].match(query, 300) == both[1].match(query, 300)
+    assert both[0].counts() == both[1].counts()
+    assert both[0].nodes() == both[1].nodes()
+    said = [{(s, type(e), e.tier, b) for s, e in index.dump() for b in e.hashes} for index in both]
+    assert said[0] == said[1]
+    for index in (*both, both[1].copy()):
+        index.check()
+        for source in index.sources():
+            index.drop(source)
+        index.check()
+    assert both[1].bytes_estimate == 0
+
+
+def test_cycle_of_lies() -> None:
+    """Blocks that claim each other as parent are counted, evicted and cleared like others."""
+    index, bounded = NativeIndex(), NativeIndex(budget_bytes=200)
+    for one in (index, bounded):
+        one.add(A)
+        one.apply(A, BlocksStored(chain(1), BlockHash(2)))
+        one.apply(A, BlocksStored(chain(2), BlockHash(1)))
+        one.check()
+    assert index.nodes() == 2
+    assert sum(len(event.hashes) for _, event in index.dump()) == 2
+    assert index.clear(A) == 2
+    assert bounded.evicted_blocks == 0
+    bounded.apply(A, GroupStored(Group.STATE, chain(3)))
+    assert bounded.evicted_blocks > 0
+    bounded.check()
+
+
+def test_budget_evicts_the_leaf_used_longest_ago() -> None:
+    """What was matched last stays; a chain goes from its end."""
+    index = NativeIndex(budget_bytes=6000)
+    index.add(A)
+    for first in range(0, 60, 10):
+        index.apply(A, BlocksStored(chain(*range(first, first + 10)), None))
+    assert index.evicted_blocks == 0
+    index.match(chain(*range(10)))
+    index.apply(A, BlocksStored(chain(*range(100, 140)), None))
+    assert 0 < index.evicted_blocks < 30
+    assert index.match(chain(*range(10)))[0].matched == 10
+    left = index.match(chain(*range(10, 20)))
+    assert not left or left[0].matched < 10
+    index.check()
+
+
+def test_what_is_refused() -> None:
+    """As by the Python core: by name."""
+    index = NativeIndex()
+    with pytest.raises(LocalProtocolError, match="not registered"):
+        index.clear(A)
+    index.add(A)
+    with pytest.raises(ConfigError, match="swa_window_blocks"):
+        index.declare(A, needs_state=True, swa_window_blocks=-1)
+    with pytest.raises(ConfigError, match="budget_bytes"):
+        NativeIndex(budget_bytes=-1)
+    index.apply(A, BlocksStored(chain(1), None))
+    index.declare(A, needs_state=False, swa_window_blocks=1 << 40)
+    assert index.match((BlockHash(1), BlockHash(1 << 64))) == [(A, 1, 0)]
+
+
+class TestBatches:
+    """A batch that C++ takes is what Python would have decoded; what Python refuses, C++ leaves to it."""
+
+    @staticmethod
+    def same(payload: bytes) -> DecodedBatch | None:
+        plain = decode_plain(payload, page_size=4, dp_rank=0)
+        if plain is not None:
+            expected = decode_batch(payload, page_size=4, dp_rank=0)
+            assert expected.refused == ()
+            assert plain.sent_unix_s == expected.sent_unix_s or plain.sent_unix_s != plain.sent_unix_s
+            assert tuple(plain.event(i) for i in range(len(plain))) == expected.events
+        return plain
+
+    def test_all_kinds(self) -> None:
+        """Whatever SGLang sends is plain."""
+        odd = {**STORED, "block_hashes": [7], "parent_block_hash": -2, "token_ids": [[1, 2]] * 4}
+        removed = [{"type": "BlockRemoved", "block_hashes": [3], "medium": m} for m in ("DISK", "CPU", None)]
+        plain = self.same(encode(STORED, odd, *removed, {"type": "AllBlocksCleared"}))
+        assert plain is not None
+        assert len(plain) == 6
+        assert self.same(msgspec.msgpack.encode([12.5, [STORED]])) is not None
+        assert self.same(msgspec.msgpack.encode([12.5, [STORED], None])) is not None
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"block_size": 8},
+            {"block_hashes": []},
+            {"block_hashes": [1, 2, 1]},
+            {"block_hashes": [*range(20), 7]},
+            {"block_hashes": [2**63]},
+            {"parent_block_hash": 1},
+            {"medium": "TAPE"},
+            {"type": "BlockMoved"},
+            {"block_hashes": [1.5]},
+        ],
+    )
+    def test_what_is_wrong_goes_to_python(self, change: dict[str, object]) -> None:
+        """Each kind of event that Python refuses."""
+        payload = encode(STORED, {**STORED, **change})
+        assert self.same(payload) is None
+        assert decode_batch(payload, page_size=4, dp_rank=0).refused
+
+    def test_recorded(self) -> None:
+        """Bytes of SGLang's own encoder; its event of an unknown medium goes to Python."""
+        plain = decode_plain(RECORDED, page_size=4, dp_rank=0)
+        refused = decode_batch(RECORDED, page_size=4, dp_rank=0).refused
+        assert (plain is None) == bool(refused)
+
+    @given(st.lists(st.dictionaries(st.sampled_from([*STORED, "x"]), MSGPACK), max_size=3), MSGPACK)
+    def test_any_fields(self, changes: list[dict[str, object]], rank: object) -> None:
+        """Events with wrong values anywhere."""
+        self.same(encode(*({**STORED, **change} for change in changes)))
+        self.same(encode(*({**STORED, **change} for change in changes), rank=rank))
+
+    @given(st.data())
+    def test_any_bytes(self, data: st.DataObject) -> None:
+        """A batch cut short, or with bytes changed: never more than Python takes."""
+        payload = bytearray(RECORDED if data.draw(st.booleans()) else encode(STORED, STORED))
+        for _ in range(data.draw(st.integers(0, 3))):
+            payload[data.draw(st.integers(0, len(payload) - 1))] = data.draw(st.integers(0, 255))
+        cut = data.draw(st.none() | st.integers(0, len(payload)))
+        taken = bytes(payload[:cut])
+        try:
+            decode_batch(taken, page_size=4, dp_rank=0)
+        except RemoteProtocolError:
+            assert decode_plain(taken, page_size=4, dp_rank=0) is None
+        else:
+            self.same(taken)
+
+    def test_apply(self) -> None:
+        """Applied in order, event by event; another rank's batch is left to Python."""
+        removed = {"type": "BlockRemoved", "block_hashes": [-2, 9]}
+        payload = encode(STORED, removed, {"type": "AllBlocksCleared"})
+        both = (PrefixIndex(), NativeIndex())
+        for index in both:
+            index.add(A)
+        batch = decode_batch(payload, page_size=4, dp_rank=0)
+        expected = [both[0].apply(A, event) for event in batch.events]
+        assert both[1].apply_batch(A, payload, 4) == expected
+        assert both[1].revision == both[0].revision
+        both[1].add(B)
+        assert B.dp_rank == 1
+        assert both[1].apply_batch(B, payload, 4) is None
+        with pytest.raises(LocalProtocolError, match="not registered"):
+            both[1].apply_batch(SOURCES[2], payload, 4)
+
+
+def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable decides; another word is refused with those there are."""
+    for choice, kind in (("", NativeIndex), ("auto", NativeIndex), ("python", PrefixIndex)):
+        monkeypatch.setenv(native.VARIABLE, choice)
+        assert type(native.make_index()) is kind
+    monkeypatch.setenv(native.VARIABLE, "rust")
+    with pytest.raises(ConfigError, match=r"PRFAAS_INDEX.*python, native, auto"):
+        native.make_index()
+
+
+def test_without_the_compiled_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """auto means Python then, and native says why not."""
+    monkeypatch.setattr("cache_service.native.index.missing", "no module named _index")
+    monkeypatch.setenv(native.VARIABLE, "auto")
+    assert native.core_name() == "python"
+    monkeypatch.setenv(native.VARIABLE, "native")
+    with pytest.raises(ConfigError, match="not compiled here: no module"):
+        native.core_name()
