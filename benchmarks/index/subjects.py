@@ -2,7 +2,7 @@
 
 Ours take the batches that SGLang publishes, token ids included; the RadixTree of ai-dynamo-runtime takes its
 own JSON events, which carry none. A query is what each is asked with by its router: chained block hashes, or
-the blocks' local hashes. Dynamo's package is installed on first use below .cache/peers, without its requirements.
+the blocks' local hashes. Dynamo's package is installed on first use below .cache/peers, itself alone.
 """
 
 from __future__ import annotations

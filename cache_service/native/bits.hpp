@@ -15,6 +15,7 @@ class Bits {
   explicit Bits(std::uint32_t words) : words_(std::max(words, kInline)) {
     if (words_ > kInline) more_.reset(new u64[words_]());
   }
+  Bits(const u64* row, std::uint32_t words) : Bits(words) { std::copy_n(row, words, data()); }
   Bits(const Bits& other) : words_(other.words_) {
     std::copy_n(other.inline_, kInline, inline_);
     if (!other.more_) return;
@@ -24,6 +25,8 @@ class Bits {
   Bits& operator=(const Bits& other) { return *this = Bits(other); }
   Bits(Bits&&) = default;
   Bits& operator=(Bits&&) = default;
+
+  const u64* data() const { return more_ ? more_.get() : inline_; }
 
   bool any() const {
     if (!more_) {
@@ -41,6 +44,15 @@ class Bits {
   void add(const u64* row, std::uint32_t words) {
     u64* mine = data();
     for (std::uint32_t i = 0; i < words; ++i) mine[i] |= row[i];
+  }
+  // Keeps only the members of a row, or takes them away.
+  void keep(const u64* row, std::uint32_t words) {
+    u64* mine = data();
+    for (std::uint32_t i = 0; i < words; ++i) mine[i] &= row[i];
+  }
+  void take(const u64* row, std::uint32_t words) {
+    u64* mine = data();
+    for (std::uint32_t i = 0; i < words; ++i) mine[i] &= ~row[i];
   }
   Bits& operator|=(const Bits& other) {
     return with(other, [](u64& mine, u64 theirs) { mine |= theirs; });
@@ -82,7 +94,6 @@ class Bits {
   static constexpr std::uint32_t kInline = 4;
 
   u64* data() { return more_ ? more_.get() : inline_; }
-  const u64* data() const { return more_ ? more_.get() : inline_; }
 
   // Loops of a length known to the compiler where the words are inside: this is the inner loop of a match.
   template <class Change>

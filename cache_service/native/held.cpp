@@ -17,7 +17,7 @@ u32 hash_of(u32 rows, const u64* words, std::size_t count) {
 
 }  // namespace
 
-HeldSets::HeldSets() : sets_(1), table_(16, 0) { sets_[0].uses = 1; }
+HeldSets::HeldSets() : sets_(1), table_(16, 0), nobody_(1, 0) { sets_[0].uses = 1; }
 
 HeldSets::HeldSets(const HeldSets& other)
     : words_(other.words_),
@@ -25,32 +25,42 @@ HeldSets::HeldSets(const HeldSets& other)
       row_words_(other.row_words_),
       sets_(other.sets_.size()),
       free_(other.free_),
-      table_(other.table_) {
+      table_(other.table_),
+      nobody_(other.nobody_) {
   for (std::size_t id = 0; id < sets_.size(); ++id) {
     const Set& from = other.sets_[id];
     Set& to = sets_[id];
     to.hash = from.hash, to.uses = from.uses, to.rows = from.rows;
     if (!from.words) continue;
-    const std::size_t count = static_cast<std::size_t>(__builtin_popcount(from.rows)) * words_;
+    const std::size_t count = words_of(from.rows);
     to.words = std::make_unique<u64[]>(count);
     std::memcpy(to.words.get(), from.words.get(), count * sizeof(u64));
   }
 }
 
 void HeldSets::widen(u32 words) {
+  const u32 narrow = words_;
+  words_ = words;
+  nobody_.assign(words, 0);
+  row_words_ = row_words_ / narrow * words;
   for (Set& set : sets_) {
     if (!set.words) continue;
-    const u32 rows = static_cast<u32>(__builtin_popcount(set.rows));
-    auto wider = std::make_unique<u64[]>(std::size_t{rows} * words);
-    for (u32 i = 0; i < rows; ++i)
-      std::memcpy(wider.get() + std::size_t{i} * words, set.words.get() + std::size_t{i} * words_,
-                  words_ * sizeof(u64));
+    auto wider = std::make_unique<u64[]>(words_of(set.rows));
+    for (std::size_t i = 0; i < count_of(set.rows); ++i)
+      std::memcpy(wider.get() + i * words, set.words.get() + i * narrow, narrow * sizeof(u64));
     set.words = std::move(wider);
-    set.hash = hash_of(set.rows, set.words.get(), std::size_t{rows} * words);
+    set.hash = hash_of(set.rows, set.words.get(), count_of(set.rows) * words);
+    unite_tiers(set);
   }
-  row_words_ = row_words_ / words_ * words;
-  words_ = words;
   rehash(table_.size());
+}
+
+void HeldSets::unite_tiers(Set& set) const {
+  if (!several_tiers(set.rows)) return;
+  u64* together = set.words.get() + count_of(set.rows) * words_;
+  const u64* words = set.words.get();  // the tiers come first
+  for (u32 rest = set.rows & rows_of(kBlock); rest; rest &= rest - 1, words += words_)
+    for (u32 i = 0; i < words_; ++i) together[i] |= words[i];
 }
 
 bool HeldSets::holds_any(u32 id, u32 rows, u32 slot) const {
@@ -117,7 +127,7 @@ u32 HeldSets::without_holder(u32 id, u32 slot) {
 
 u32 HeldSets::intern(u32 rows, const u64* words) {
   if (!rows) return kNobody;
-  const std::size_t count = static_cast<std::size_t>(__builtin_popcount(rows)) * words_;
+  const std::size_t count = count_of(rows) * words_;
   const u32 hash = hash_of(rows, words, count);
   for (std::size_t at = home(hash); table_[at]; at = home(static_cast<u32>(at) + 1)) {
     const Set& set = sets_[table_[at]];
@@ -134,10 +144,11 @@ u32 HeldSets::intern(u32 rows, const u64* words) {
     free_.pop_back();
   }
   Set& set = sets_[id];
-  set.words = std::make_unique<u64[]>(count);
+  set.words = std::make_unique<u64[]>(words_of(rows));
   std::memcpy(set.words.get(), words, count * sizeof(u64));
   set.hash = hash, set.rows = rows, set.uses = 0;
-  row_words_ += count;
+  unite_tiers(set);
+  row_words_ += words_of(rows);
   if (++live_ * 2 > table_.size()) {
     rehash(table_.size() * 2);
     return id;
@@ -162,7 +173,7 @@ void HeldSets::forget(u32 id) {
     }
   }
   table_[hole] = 0;
-  row_words_ -= static_cast<std::size_t>(__builtin_popcount(set.rows)) * words_;
+  row_words_ -= words_of(set.rows);
   set.words.reset();
   set.rows = 0;
   free_.push_back(id);

@@ -44,6 +44,13 @@ class HeldSets {
     return words && words[slot >> 6] >> (slot & 63) & 1;
   }
   bool holds_any(u32 id, u32 rows, u32 slot) const;
+  // The holders of the block in any tier, `words()` words; of zeros when there is none.
+  const u64* block_row(u32 id) const {
+    const Set& set = sets_[id];
+    if (!(set.rows & rows_of(kBlock))) return nobody_.data();
+    return set.words.get() + (several_tiers(set.rows) ? count_of(set.rows) * words_ : 0);
+  }
+  bool holds_block(u32 id, u32 slot) const { return block_row(id)[slot >> 6] >> (slot & 63) & 1; }
   // The holders in any row of a kind.
   void add_kind(u32 id, Kind kind, Bits& into) const;
 
@@ -73,6 +80,14 @@ class HeldSets {
     u32 rows = 0;
   };
 
+  static bool several_tiers(u32 rows) {
+    const u32 tiers = rows & rows_of(kBlock);
+    return tiers & (tiers - 1);
+  }
+  static std::size_t count_of(u32 rows) { return static_cast<std::size_t>(__builtin_popcount(rows)); }
+  // Rows of a set, one more behind them for the block's tiers together when these are several.
+  std::size_t words_of(u32 rows) const { return (count_of(rows) + several_tiers(rows)) * words_; }
+  void unite_tiers(Set& set) const;
   static u32 place_of(u32 rows, u32 row) {
     const u32 before = rows & ((1u << row) - 1);
     return before ? static_cast<u32>(__builtin_popcount(before)) : 0;  // mostly there is one row
@@ -91,6 +106,7 @@ class HeldSets {
   std::vector<u32> free_;
   std::vector<u32> table_;  // numbers by hash; 0 is an empty place
   std::vector<u64> scratch_;
+  std::vector<u64> nobody_;
 };
 
 // Moves many blocks by the same change: looks a set's successor up once as long as the sets repeat.

@@ -109,7 +109,7 @@ class Index {
   };
 
   bool known(const Node& node) const { return sets_.has_kind(node.held, kBlock); }
-  bool holds(const Node& node, u32 slot) const { return sets_.holds_any(node.held, rows_of(kBlock), slot); }
+  bool holds(const Node& node, u32 slot) const { return sets_.holds_block(node.held, slot); }
   void move(Node& node, u32 held) {
     sets_.keep(held);
     sets_.leave(node.held);
@@ -121,6 +121,7 @@ class Index {
   void free_if_unused(u32 index);
   void settle(u32 slot);
 
+  const u64* row_at(const Query& query, std::size_t position) const;
   Bits holders_of(const Query& query, std::size_t position, Kind kind) const;
   void walk(const Query& query, Bits alive, std::vector<Depth>& depths) const;
   void bisect(const Query& query, const Bits& alive, std::vector<Depth>& depths) const;

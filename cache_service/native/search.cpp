@@ -22,6 +22,13 @@ void merge(std::vector<Depth>& depths) {
 
 }  // namespace
 
+// The holders of a block of the query.
+const u64* Index::row_at(const Query& query, std::size_t position) const {
+  i64 hash;
+  const u32 index = query.at(position, hash) ? nodes_.find(hash) : kNone;
+  return sets_.block_row(index == kNone ? kNobody : nodes_[index].held);
+}
+
 Bits Index::holders_of(const Query& query, std::size_t position, Kind kind) const {
   Bits holders(sets_.words());
   i64 hash;
@@ -34,7 +41,7 @@ Bits Index::holders_of(const Query& query, std::size_t position, Kind kind) cons
 Answer Index::match(const Query& query, std::size_t limit) {
   Answer answer;
   if (!query.size()) return answer;
-  const Bits first = holders_of(query, 0, kBlock) - quarantined_;
+  const Bits first = Bits(row_at(query, 0), sets_.words()) - quarantined_;
   if (!first.any()) return answer;
   const Bits walked = first & orphaned_;
   const Bits whole = first - walked;
@@ -56,41 +63,56 @@ Answer Index::match(const Query& query, std::size_t limit) {
 // Block by block, for holders that may have holes. O(depth).
 void Index::walk(const Query& query, Bits alive, std::vector<Depth>& depths) const {
   for (std::size_t depth = 0; depth < query.size(); ++depth) {
-    const Bits rest = holders_of(query, depth, kBlock) & alive;
-    if (rest == alive) continue;
-    depths.push_back(Depth{depth, alive - rest});
-    if (!rest.any()) return;
-    alive = rest;
+    const Bits here(row_at(query, depth), sets_.words());
+    const Bits gone = alive - here;
+    if (!gone.any()) continue;
+    depths.push_back(Depth{depth, gone});
+    alive &= here;
+    if (!alive.any()) return;
   }
   depths.push_back(Depth{query.size(), alive});
 }
 
 // For holders of the first block without holes, deepest first. O(k log n) for k different depths.
 void Index::bisect(const Query& query, const Bits& alive, std::vector<Depth>& depths) const {
+  // Rows of sets that others share: only the bits of `alive` in them count, and those only become fewer.
   struct Span {
     std::size_t low, high;
-    Bits at_low, at_high;
+    const u64 *at_low, *at_high;
+  };
+  const u64* mask = alive.data();
+  const u32 words = sets_.words();
+  const auto same = [&](const u64* a, const u64* b) {
+    u64 different = 0;
+    for (u32 i = 0; i < words; ++i) different |= (a[i] ^ b[i]) & mask[i];
+    return !different;
+  };
+  const auto found = [&](std::size_t depth, const u64* have, const u64* lack) {
+    Bits holders = alive;
+    holders.keep(have, words);
+    if (lack) holders.take(lack, words);
+    depths.push_back(Depth{depth, std::move(holders)});
   };
   const std::size_t last = query.size() - 1;
-  const Bits at_last = holders_of(query, last, kBlock) & alive;
-  if (at_last.any()) depths.push_back(Depth{last + 1, at_last});
-  if (at_last == alive) return;
-  std::vector<Span> spans{Span{0, last, alive, at_last}};
+  const u64* at_last = row_at(query, last);
+  if ((Bits(at_last, words) & alive).any()) found(last + 1, at_last, nullptr);
+  if (same(at_last, mask)) return;
+  std::vector<Span> spans{Span{0, last, mask, at_last}};
   while (!spans.empty()) {
-    Span span = std::move(spans.back());
+    Span span = spans.back();
     spans.pop_back();
     while (span.high - span.low > 1) {
       const std::size_t middle = (span.low + span.high) / 2;
-      const Bits at_middle = holders_of(query, middle, kBlock) & span.at_low;
-      if (at_middle == span.at_high) {
+      const u64* at_middle = row_at(query, middle);
+      if (same(at_middle, span.at_high)) {
         span.high = middle;
         continue;
       }
-      if (at_middle != span.at_low) spans.push_back(Span{span.low, middle, span.at_low, at_middle});
+      if (!same(at_middle, span.at_low)) spans.push_back(Span{span.low, middle, span.at_low, at_middle});
       span.low = middle;
       span.at_low = at_middle;
     }
-    depths.push_back(Depth{span.high, span.at_low - span.at_high});
+    found(span.high, span.at_low, span.at_high);
   }
 }
 
