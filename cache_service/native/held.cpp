@@ -35,6 +35,7 @@ HeldSets::HeldSets(const HeldSets& other)
     const std::size_t count = words_of(from.rows);
     to.words = std::make_unique<u64[]>(count);
     std::memcpy(to.words.get(), from.words.get(), count * sizeof(u64));
+    if (from.block) to.block = to.words.get() + (from.block - from.words.get());
   }
 }
 
@@ -56,11 +57,13 @@ void HeldSets::widen(u32 words) {
 }
 
 void HeldSets::unite_tiers(Set& set) const {
+  set.block = set.rows & rows_of(kBlock) ? set.words.get() : nullptr;
   if (!several_tiers(set.rows)) return;
   u64* together = set.words.get() + count_of(set.rows) * words_;
   const u64* words = set.words.get();  // the tiers come first
   for (u32 rest = set.rows & rows_of(kBlock); rest; rest &= rest - 1, words += words_)
     for (u32 i = 0; i < words_; ++i) together[i] |= words[i];
+  set.block = together;
 }
 
 bool HeldSets::holds_any(u32 id, u32 rows, u32 slot) const {
@@ -175,6 +178,7 @@ void HeldSets::forget(u32 id) {
   table_[hole] = 0;
   row_words_ -= words_of(set.rows);
   set.words.reset();
+  set.block = nullptr;
   set.rows = 0;
   free_.push_back(id);
   --live_;

@@ -46,9 +46,8 @@ class HeldSets {
   bool holds_any(u32 id, u32 rows, u32 slot) const;
   // The holders of the block in any tier, `words()` words; of zeros when there is none.
   const u64* block_row(u32 id) const {
-    const Set& set = sets_[id];
-    if (!(set.rows & rows_of(kBlock))) return nobody_.data();
-    return set.words.get() + (several_tiers(set.rows) ? count_of(set.rows) * words_ : 0);
+    const u64* row = sets_[id].block;
+    return row ? row : nobody_.data();
   }
   bool holds_block(u32 id, u32 slot) const { return block_row(id)[slot >> 6] >> (slot & 63) & 1; }
   // The holders in any row of a kind.
@@ -75,6 +74,7 @@ class HeldSets {
  private:
   struct Set {
     std::unique_ptr<u64[]> words;
+    const u64* block = nullptr;  // in `words`: the holders of the block, null for none
     u32 hash = 0;
     u32 uses = 0;
     u32 rows = 0;
@@ -87,7 +87,7 @@ class HeldSets {
   static std::size_t count_of(u32 rows) { return static_cast<std::size_t>(__builtin_popcount(rows)); }
   // Rows of a set, one more behind them for the block's tiers together when these are several.
   std::size_t words_of(u32 rows) const { return (count_of(rows) + several_tiers(rows)) * words_; }
-  void unite_tiers(Set& set) const;
+  void unite_tiers(Set& set) const;  // fills that one in, and `block`
   static u32 place_of(u32 rows, u32 row) {
     const u32 before = rows & ((1u << row) - 1);
     return before ? static_cast<u32>(__builtin_popcount(before)) : 0;  // mostly there is one row

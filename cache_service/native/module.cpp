@@ -179,6 +179,7 @@ class PyIndex {
   void by_name(const prfaas::Bits& holders, std::vector<u32>& slots) const {
     const std::size_t first = slots.size();
     holders.each([&](u32 slot) { slots.push_back(slot); });
+    if (slots.size() - first == 1) return;
     if ((slots.size() - first) * 8 < order_.size()) {
       std::sort(slots.begin() + static_cast<std::ptrdiff_t>(first), slots.end(),
                 [this](u32 a, u32 b) { return rank_[a] < rank_[b]; });

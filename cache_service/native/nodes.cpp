@@ -21,14 +21,6 @@ Nodes::Nodes(const Nodes& other)
   }
 }
 
-u32 Nodes::find(i64 hash) const {
-  const u64 mixed = mix(hash);
-  const std::uint8_t tag = tag_of(mixed);
-  for (std::size_t at = mixed & mask_; tags_[at]; at = (at + 1) & mask_)
-    if (tags_[at] == tag && (*this)[places_[at]].hash == hash) return places_[at];
-  return kNone;
-}
-
 u32 Nodes::find_or_make(i64 hash) {
   const u32 found = find(hash);
   if (found != kNone) return found;

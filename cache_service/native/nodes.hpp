@@ -36,7 +36,13 @@ class Nodes {
   Node& operator[](u32 index) { return chunks_[index >> kBits][index & (kChunk - 1)]; }
   const Node& operator[](u32 index) const { return chunks_[index >> kBits][index & (kChunk - 1)]; }
 
-  u32 find(i64 hash) const;
+  u32 find(i64 hash) const {
+    const u64 mixed = mix(hash);
+    const std::uint8_t tag = tag_of(mixed);
+    for (std::size_t at = mixed & mask_; tags_[at]; at = (at + 1) & mask_)
+      if (tags_[at] == tag && (*this)[places_[at]].hash == hash) return places_[at];
+    return kNone;
+  }
   u32 find_or_make(i64 hash);
   // Frees a node that has no child, no parent and no holder.
   void free(u32 index);

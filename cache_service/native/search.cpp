@@ -83,7 +83,8 @@ void Index::bisect(const Query& query, const Bits& alive, std::vector<Depth>& de
   const u64* mask = alive.data();
   const u32 words = sets_.words();
   const auto same = [&](const u64* a, const u64* b) {
-    u64 different = 0;
+    u64 different = ((a[0] ^ b[0]) & mask[0]) | ((a[words - 1] ^ b[words - 1]) & mask[words - 1]);
+    if (words <= 2) return !different;  // up to 128 holders: no loop
     for (u32 i = 0; i < words; ++i) different |= (a[i] ^ b[i]) & mask[i];
     return !different;
   };
@@ -97,7 +98,10 @@ void Index::bisect(const Query& query, const Bits& alive, std::vector<Depth>& de
   const u64* at_last = row_at(query, last);
   if ((Bits(at_last, words) & alive).any()) found(last + 1, at_last, nullptr);
   if (same(at_last, mask)) return;
-  std::vector<Span> spans{Span{0, last, mask, at_last}};
+  depths.reserve(32);
+  std::vector<Span> spans;
+  spans.reserve(32);
+  spans.push_back(Span{0, last, mask, at_last});
   while (!spans.empty()) {
     Span span = spans.back();
     spans.pop_back();
