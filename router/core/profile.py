@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 from cache_service.core.errors import ConfigError
@@ -62,7 +63,7 @@ class Knots:
             raise ValueError("a table needs at least two points")
         if not all(math.isfinite(v) and v > 0 for point in self.points for v in point):
             raise ValueError("tokens and seconds must be finite and > 0")
-        for (l0, t0), (l1, t1) in zip(self.points, self.points[1:], strict=False):
+        for (l0, t0), (l1, t1) in pairwise(self.points):
             if l1 <= l0 or t1 < t0:
                 raise ValueError(
                     f"from ({l0}, {t0}) to ({l1}, {t1}): tokens must grow, seconds must not fall"
@@ -124,7 +125,7 @@ class KvTable:
     def __post_init__(self) -> None:
         if len(self.points) < 2:
             raise ValueError("a table needs at least two points")
-        for (l0, s0), (l1, s1) in zip(self.points, self.points[1:], strict=False):
+        for (l0, s0), (l1, s1) in pairwise(self.points):
             if not (l1 > l0 >= 0 and s1 >= s0 > 0):
                 raise ValueError(f"from ({l0}, {s0}) to ({l1}, {s1}): tokens must grow, bytes must not fall")
 
