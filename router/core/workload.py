@@ -1,8 +1,8 @@
 """How long prompts are: the distribution that thresholds and ratios are chosen on (paper, section 5.1).
 
-Lengths here are *uncached* tokens, what is left of a prompt after prefix matching (the paper's L), unless the
-caller says otherwise. Three kinds: the paper's truncated log-normal, a sample (a trace), and a histogram (what
-a router exports); all answer the same questions.
+Lengths here are *uncached* tokens, what is left of a prompt after prefix matching (the paper's L), unless
+the caller says otherwise. Three kinds: the paper's truncated log-normal, a sample (a trace), and a histogram
+(what a router exports); all answer the same questions.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Table 5 (8 x H200) is printed in the paper: S_kv in MiB, T_prefill in seconds, 1K = 1,024 tokens. The H20
 curve is not; it is the one thing fitted here, to Table 6: eq. 4 turned round gives T(26.84K) = 9 / 2.11 s
 from the homogeneous row and T(9.98K) = 3 / 1.64 s from the PrfaaS row; P90 of the homogeneous TTFT is
-T(60.95K); the two mean TTFT fix the ends. Decode is BS_max / T_decode = 800 tokens/s, which Theta_pd-d of all three rows gives;
-20 requests at the 25 ms of the 40 tokens/s objective is one such pair.
+T(60.95K); the two mean TTFT fix the ends. Decode is BS_max / T_decode = 800 tokens/s, which Theta_pd-d of all
+three rows gives; 20 requests at the 25 ms of the 40 tokens/s objective is one such pair.
 """
 
 from __future__ import annotations
