@@ -3,8 +3,8 @@
 Symbols are those of its Table 4. Requests flow through two producers, prefill in remote sites (PrfaaS) and
 prefill at home (PD-P), into one consumer, decode at home (PD-D). As in the paper every offloaded request
 counts as one of the mean offloaded length, every other one as one of the mean local length; arrivals are
-even; a worker prefills one prompt at a time; compute and sending overlap layer by layer. So these are capacities in
-steady state: no queue, no round trip, no loss (the simulator has those).
+even; a worker prefills one prompt at a time; compute and sending overlap layer by layer. So these are
+capacities in steady state: no queue, no round trip, no loss (the simulator has those).
 
 Beyond the paper: several remote sites, a wire ratio (compression) per link, and a cached prefix on each
 prompt, which the computing and the decoding site are both taken to hold.
