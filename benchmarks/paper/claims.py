@@ -154,7 +154,7 @@ TEXTS = (
     (
         "99.8 % accuracy of attention state",
         "no",
-        "lossless unless fp8 is chosen: tests/engine compares tokens",
+        "lossless unless fp8 is chosen: tests/engine",
     ),
     ("middleware for vLLM and TensorRT-LLM", "no", "in-house vLLM; ours: SGLang"),
     ("open-source prototype in evaluation", "no", "none was found"),

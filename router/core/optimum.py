@@ -9,7 +9,7 @@ of (7).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -25,18 +25,27 @@ def thresholds(lengths: Lengths, steps: int = COARSE) -> list[float]:
     return sorted({0.0, *(lengths.quantile(i / steps) for i in range(1, steps + 1))})
 
 
-def better(a: Throughput, b: Throughput) -> bool:
-    """Say whether `a` sustains more than `b`, or as much with more prefill to spare."""
-    if not math.isclose(a.requests_per_s, b.requests_per_s, rel_tol=1e-9):
-        return a.requests_per_s > b.requests_per_s
+#: What is to be as large as can be.
+Worth = Callable[[Throughput], float]
+
+
+def sustained(found: Throughput) -> float:
+    """Return Lambda_max, what the paper optimises."""
+    return found.requests_per_s
+
+
+def better(a: Throughput, b: Throughput, worth: Worth = sustained) -> bool:
+    """Say whether `a` is worth more than `b`, or as much with more prefill to spare."""
+    if not math.isclose(worth(a), worth(b), rel_tol=1e-9):
+        return worth(a) > worth(b)
     return a.prefill_capacity > b.prefill_capacity
 
 
-def best(candidates: Iterable[Throughput]) -> Throughput:
+def best(candidates: Iterable[Throughput], worth: Worth = sustained) -> Throughput:
     """Return the first best of `candidates` (at least one)."""
     found: Throughput | None = None
     for candidate in candidates:
-        if found is None or better(candidate, found):
+        if found is None or better(candidate, found, worth):
             found = candidate
     if found is None:
         raise ValueError("no candidates")
@@ -49,15 +58,15 @@ def ratios(system: System) -> list[System]:
     return [replace(system, prefill=n, decode=total - n) for n in range(math.ceil(total))]
 
 
-def by_grid(systems: Sequence[System], lengths: Lengths) -> Throughput:
+def by_grid(systems: Sequence[System], lengths: Lengths, worth: Worth = sustained) -> Throughput:
     """Search all thresholds with all of `systems` (one, or `ratios`). O(systems x (COARSE + FINE))."""
     tried = thresholds(lengths)
     splits = [split(lengths, t) for t in tried]
-    coarse = best(throughput(system, at) for system in systems for at in splits)
+    coarse = best((throughput(system, at) for system in systems for at in splits), worth)
     at = tried.index(coarse.at.threshold)
     low, high = tried[max(0, at - 1)], tried[min(len(tried) - 1, at + 1)]
     finer = [split(lengths, low + (high - low) * i / FINE) for i in range(FINE + 1)]
-    return best([coarse, *(throughput(coarse.system, s) for s in finer)])
+    return best([coarse, *(throughput(coarse.system, s) for s in finer)], worth)
 
 
 def by_crossing(system: System, lengths: Lengths) -> Throughput:
