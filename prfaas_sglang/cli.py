@@ -72,8 +72,8 @@ example:
   prfaas plan -f plan.yaml
   prfaas plan -f plan.yaml --plots plots --json plan.json
 
-Says whether a second site pays and why, the best threshold and prefill/decode ratio, utilisation of every stage,
-cost per million tokens with egress, and what other bandwidths, hit ratios and prices would change.
+Says whether a second site pays and why, the best threshold and prefill/decode ratio, utilisation of every
+stage, cost per million tokens with egress, and what other bandwidths, hit ratios and prices would change.
 Model output, explained in docs/planning.md.
 """
 
@@ -82,8 +82,9 @@ example:
   prfaas profile --url http://worker:30000 --telemetry http://worker:9400 --out gdn-h200.yaml
   prfaas profile ... --tokens 512,2048,8192,32768 --repeats 5
 
-KV sizes come from the worker's own pools, the prefill curve from prompts of several lengths that are sent to it
-with its cache flushed before each. Ask a prefill worker that serves nothing else meanwhile: its cache is lost.
+KV sizes come from the worker's own pools, the prefill curve from prompts of several lengths that are sent to
+it with its cache flushed before each. Ask a prefill worker that serves nothing else meanwhile: its cache is
+lost.
 """
 
 
@@ -158,9 +159,6 @@ def _parser() -> argparse.ArgumentParser:
         "--tokens", default="", metavar="A,B,...", help="prompt lengths; default: 8 up to the worker's limit"
     )
     profile.add_argument("--repeats", type=int, default=3, metavar="N", help="of each length; default 3")
-    profile.add_argument(
-        "--decode", default="", metavar="BATCH,SECONDS", help="decode rate to note: batch and step time"
-    )
     profile.set_defaults(run=_profile)
 
     models = _command(commands, "models", "make checkpoints", "example:\n  prfaas models tiny --help\n")
@@ -255,7 +253,6 @@ def _profile(arguments: argparse.Namespace) -> int:
             name=arguments.name,
             tokens=arguments.tokens,
             repeats=arguments.repeats,
-            decode=arguments.decode,
         )
     )
 

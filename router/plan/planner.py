@@ -2,8 +2,8 @@
 
 Compares three systems for the same workload: home as it is, home with the remote sites, and home grown by
 what the remote sites would cost. Each runs at its own best threshold and ratio: of most throughput, or of
-cheapest tokens where egress has a price. A second site pays when its tokens are cheaper than those of the grown
-home (or, where home cannot grow, when it adds throughput at all).
+cheapest tokens where egress has a price. A second site pays when its tokens are cheaper than those of the
+grown home (or, where home cannot grow, when it adds throughput at all).
 """
 
 from __future__ import annotations

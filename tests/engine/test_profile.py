@@ -1,0 +1,50 @@
+"""`prfaas profile` on real SGLang workers: sizes as transfers have them, times as prompts take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from prfaas_sglang import cli
+from prfaas_sglang.cpu import models
+from router.core.profile import KvShape, Quadratic
+from router.plan import profile_file
+from tests.engine.conftest import Serve
+from tests.engine.test_transfer_backend import pair
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+
+
+@pytest.mark.parametrize("family", ["gdn", "dense", "swa"])
+def test_sizes_are_those_of_a_transfer(
+    serve: Serve, family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The profile predicts, to the byte, what a prompt's transfer moves; times grow with the length."""
+    model = models.build(family, tmp_path / family)
+    out = tmp_path / "profile.yaml"
+    with pair(serve, model, family) as pair_:
+        status = cli.main(
+            [
+                "profile",
+                *("--url", pair_.prefill.url),
+                *("--telemetry", pair_.telemetry),
+                *("--tokens", "128,512,1024,2048"),
+                *("--out", str(out)),
+            ]
+        )
+        assert status == 0, capsys.readouterr().err
+        profile = profile_file.read(out)
+        for tokens in (100, 640, 1500):
+            answer = pair_.generate([5 + i % 90 for i in range(tokens)], 1)
+            (record,) = pair_.transfers(answer["room"])
+            assert record["bytes"] == profile.kv_bytes(tokens)
+        printed = capsys.readouterr().out
+    assert "off by" in printed
+    assert isinstance(profile.kv, KvShape)
+    assert isinstance(profile.curve, Quadratic)
+    assert profile.measured_tokens == (128, 2048)
+    assert profile.prefill_s(2048) > 1.5 * profile.prefill_s(128)
+    assert (profile.kv.state_bytes > 100_000) == (family == "gdn")
+    print(printed, json.dumps(dict(profile.facts), indent=1))
