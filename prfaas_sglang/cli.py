@@ -79,12 +79,12 @@ Model output, explained in docs/planning.md.
 
 PROFILE_EXAMPLE = """\
 example:
-  prfaas profile --url http://worker:30000 --telemetry http://worker:9400 --out gdn-h200.yaml
+  prfaas profile --url http://prefill:30000 --telemetry http://prefill:9400 --decode http://decode:30000 \\
+      --out gdn-h200.yaml
   prfaas profile ... --tokens 512,2048,8192,32768 --repeats 5
 
-KV sizes come from the worker's own pools, the prefill curve from prompts of several lengths that are sent to
-it with its cache flushed before each. Ask a prefill worker that serves nothing else meanwhile: its cache is
-lost.
+KV sizes come from the worker's own pools, the prefill curve from prompts of several lengths, sent to both
+workers with their caches flushed before each. They should serve nothing else meanwhile, and lose their caches.
 """
 
 
@@ -151,8 +151,19 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan)
 
     profile = _command(commands, "profile", "measure what prompts cost on a live worker", PROFILE_EXAMPLE)
-    profile.add_argument("--url", required=True, metavar="URL", help="of the worker, as SGLang serves it")
+    profile.add_argument(
+        "--url", required=True, metavar="URL", help="of the prefill worker, as SGLang serves"
+    )
     profile.add_argument("--telemetry", required=True, metavar="URL", help="of its telemetry_listen")
+    profile.add_argument(
+        "--decode", required=True, metavar="URL", help="of a decode worker of the same model"
+    )
+    profile.add_argument(
+        "--bootstrap",
+        default="",
+        metavar="HOST:PORT",
+        help="where decode reaches prefill; default: the host of --url and the port that the worker tells",
+    )
     profile.add_argument("--out", required=True, type=Path, metavar="FILE", help="the profile (YAML)")
     profile.add_argument("--name", default="", metavar="NAME", help="model and chip; default: as served")
     profile.add_argument(
@@ -246,12 +257,14 @@ def _profile(arguments: argparse.Namespace) -> int:
     from router.plan import measure
 
     return measure.run(
-        measure.options(
-            url=arguments.url,
-            telemetry_url=arguments.telemetry,
+        measure.Options(
+            url=arguments.url.rstrip("/"),
+            telemetry_url=arguments.telemetry.rstrip("/"),
+            decode_url=arguments.decode.rstrip("/"),
+            bootstrap=arguments.bootstrap,
             out=arguments.out,
             name=arguments.name,
-            tokens=arguments.tokens,
+            tokens=measure.lengths(arguments.tokens),
             repeats=arguments.repeats,
         )
     )

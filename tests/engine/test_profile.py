@@ -30,6 +30,7 @@ def test_sizes_are_those_of_a_transfer(
                 "profile",
                 *("--url", pair_.prefill.url),
                 *("--telemetry", pair_.telemetry),
+                *("--decode", pair_.decode.url),
                 *("--tokens", "128,512,1024,2048"),
                 *("--out", str(out)),
             ]
