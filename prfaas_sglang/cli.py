@@ -84,7 +84,7 @@ example:
   prfaas profile ... --tokens 512,2048,8192,32768 --repeats 5
 
 KV sizes come from the worker's own pools, the prefill curve from prompts of several lengths, sent to both
-workers with their caches flushed before each. They should serve nothing else meanwhile, and lose their caches.
+workers with their caches flushed before each. They should serve nothing else meanwhile; their caches go.
 """
 
 

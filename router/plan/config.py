@@ -186,7 +186,7 @@ def _lengths(workload: WorkloadSection, folder: Path) -> Lengths:
     given = [n for n in ("lognormal", "trace", "histogram") if getattr(workload, n) is not None]
     if len(given) != 1:
         raise ConfigError(
-            f"workload: give exactly one of lognormal, trace, histogram; given: {given or 'none'}"
+            f"workload: {len(given)} of lognormal, trace, histogram are given; give exactly one"
         )
     field = f"workload.{given[0]}"
     try:

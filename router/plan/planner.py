@@ -210,7 +210,9 @@ def _verdict(
     if gain < WORTH:
         why = _why_slow(question, both)
         return False, (f"it adds {max(gain, 0.0):.1%} throughput to what home does alone", *why)
-    added = f"throughput {alone.requests_per_s:.3g} -> {both.requests_per_s:.3g} req/s ({gain:+.0%})"
+    added = f"throughput {alone.requests_per_s:.3g} -> {both.requests_per_s:.3g} req/s"
+    if alone.requests_per_s:
+        added += f" ({gain:+.0%})"
     if grown is None:
         reasons = [added]
         if both.dollars_per_mtok > 0:
@@ -233,6 +235,8 @@ def _verdict(
 
 
 def _marginal(alone: Option, both: Option) -> str:
+    if not alone.requests_per_s:
+        return f"a million tokens cost {both.dollars_per_mtok:.4g} $; home alone serves nothing"
     extra_tokens = both.requests_per_s / alone.requests_per_s - 1
     alone_per_mtok = alone.dollars_per_mtok
     extra = (both.dollars_per_mtok * (1 + extra_tokens) - alone_per_mtok) / extra_tokens
@@ -242,11 +246,18 @@ def _marginal(alone: Option, both: Option) -> str:
 def _why_slow(question: Question, both: Option) -> tuple[str, ...]:
     """Name what holds the remote sites back."""
     reasons = []
+    long, ratio = question.uncached.quantile(0.9), question.hit_ratio / (1.0 - question.hit_ratio)
     for offer in question.offers:
         if offer.link_bytes_per_s <= 0:
             reasons.append(f"the link from {offer.name} carries nothing")
-        else:
-            reasons += _link_arithmetic(question, offer)
+            continue
+        reasons += _link_arithmetic(question, offer)
+        if offer.dollars_per_byte and not both.found.at.p:
+            dollars = wire_bytes(offer.remote, long, ratio) * offer.dollars_per_byte
+            reasons.append(
+                f"egress from {offer.name} spends more than it saves, so sending nothing is cheapest: the "
+                f"KV of a prompt of {long:,.0f} uncached tokens costs {dollars:.3g} $"
+            )
     if both.found.bottleneck is Stage.DECODE:
         reasons.append("decode binds at home, which remote prefill does not relieve")
     return tuple(reasons)
