@@ -170,6 +170,13 @@ def _parser() -> argparse.ArgumentParser:
         "--tokens", default="", metavar="A,B,...", help="prompt lengths; default: 8 up to the worker's limit"
     )
     profile.add_argument("--repeats", type=int, default=3, metavar="N", help="of each length; default 3")
+    profile.add_argument(
+        "--step-ms",
+        type=float,
+        default=0.0,
+        metavar="MS",
+        help="also measure the decode rate: the largest batch whose steps stay within this",
+    )
     profile.set_defaults(run=_profile)
 
     models = _command(commands, "models", "make checkpoints", "example:\n  prfaas models tiny --help\n")
@@ -266,6 +273,7 @@ def _profile(arguments: argparse.Namespace) -> int:
             name=arguments.name,
             tokens=measure.lengths(arguments.tokens),
             repeats=arguments.repeats,
+            step_s=arguments.step_ms / 1e3,
         )
     )
 

@@ -19,8 +19,9 @@ import secrets
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,7 +31,7 @@ import msgspec
 
 from cache_service.core.addresses import split_address
 from cache_service.core.errors import ConfigError, RemoteProtocolError, Unavailable
-from router.core.profile import ModelProfile
+from router.core.profile import DecodeRate, ModelProfile
 from router.core.profile_fit import Fit, fit
 from router.plan import pools, profile_file
 
@@ -44,6 +45,8 @@ FLUSH_S = 30.0
 FIRST_ID, LAST_ID = 100, 499
 #: Lengths measured by default, evenly spaced in the logarithm.
 LENGTHS, SHORTEST = 8, 64
+#: Decode: tokens of every prompt, and of its answer at least.
+DECODE_TOKENS, STEPS = 256, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class Options:
         bootstrap: host:port at which decode reaches prefill, "" for the host of `url` and prefill's own port.
         tokens: prompt lengths; () for LENGTHS of them up to what the worker takes.
         repeats: timed prompts of each length, after one that is not counted.
+        step_s: objective of a decode step; 0 leaves the decode rate out.
     """
 
     url: str
@@ -66,6 +70,7 @@ class Options:
     name: str
     tokens: tuple[int, ...]
     repeats: int
+    step_s: float = 0.0
 
 
 def check(options: Options) -> None:
@@ -83,6 +88,8 @@ def check(options: Options) -> None:
         raise ConfigError("--tokens: give at least two different lengths, each > 0")
     if not 1 <= options.repeats <= 100:
         raise ConfigError(f"--repeats: {options.repeats} is not in 1..100")
+    if not 0 <= options.step_s <= 60:
+        raise ConfigError(f"--step-ms: {options.step_s * 1e3:g} is not in 0..60000")
 
 
 def lengths(text: str) -> tuple[int, ...]:
@@ -102,6 +109,7 @@ class _Info(msgspec.Struct, frozen=True):
     max_req_input_len: int = 0
     context_length: int | None = None
     max_total_num_tokens: int = 0
+    max_running_requests: int | None = None
     chunked_prefill_size: int | None = None
     version: str = ""
     device: str = ""
@@ -133,6 +141,11 @@ def describe(profile: ModelProfile, fitted: Fit) -> str:
         f"T(l) = {curve.fixed_s:.4g} + {curve.per_token_s:.4g} l + {curve.per_token2_s:.4g} l^2 s, "
         f"off by {fitted.worst:.1%} at most"
     )
+    if (rate := profile.decode) is not None:
+        lines.append(
+            f"decode: {rate.max_batch:g} requests in steps of {rate.step_s * 1e3:.3g} ms, "
+            f"{rate.tokens_per_s:,.0f} tokens/s ({profile.facts['decode_steps_s']} s)"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -142,7 +155,7 @@ async def measure(options: Options) -> tuple[ModelProfile, Fit]:
     async with aiohttp.ClientSession(timeout=timeout) as session:
         described = pools.parse(await _get(session, options.telemetry_url + "/layout"))
         info = await _info(session, options.url, "--url", "prefill")
-        await _info(session, options.decode_url, "--decode", "decode")
+        decoder = await _info(session, options.decode_url, "--decode", "decode")
         if info.page_size != described.layout.page_size:
             raise ConfigError(
                 f"--telemetry: describes pages of {described.layout.page_size} tokens and --url has "
@@ -151,10 +164,13 @@ async def measure(options: Options) -> tuple[ModelProfile, Fit]:
         chosen = _lengths(options, info)
         pair = _Pair(session, options, info)
         fitted = fit([(n, s) for n, s in await _time_all(pair, options.repeats, chosen)])
+        steps = await _decode_steps(pair, decoder, fitted.curve.at(DECODE_TOKENS)) if options.step_s else {}
+    decode = decode_rate(steps, options.step_s)
     profile = ModelProfile(
         name=options.name or f"{described.layout.model} on {info.device or 'unknown device'}",
         kv=pools.kv_shape(described),
         curve=fitted.curve,
+        decode=decode,
         measured_tokens=(chosen[0], chosen[-1]),
         source=f"measured, median of {options.repeats} prompts of each of {len(chosen)} lengths",
         facts={
@@ -166,6 +182,7 @@ async def measure(options: Options) -> tuple[ModelProfile, Fit]:
             "dp_size": str(info.dp_size),
             "chunked_prefill_size": str(info.chunked_prefill_size),
             "fit_off_by_at_most": f"{fitted.worst:.4f}",
+            **({"decode_steps_s": ", ".join(f"{n}: {s:.5f}" for n, s in steps.items())} if steps else {}),
             "measured_s": ", ".join(f"{tokens:.0f}: {seconds:.5f}" for tokens, seconds in fitted.points),
         },
     )
@@ -211,28 +228,62 @@ class _Pair:
             path = f"{url}/flush_cache?timeout={math.ceil(FLUSH_S)}"
             await _ask(self.session, "POST", path, timeout_s=FLUSH_S + ASK_S)
 
-    async def prefill_s(self, tokens: int) -> float:
-        """Return the seconds until prefill has answered a random prompt. Raises as `measure`."""
+    def body(self, tokens: int, new_tokens: int) -> dict[str, Any]:
+        """Return a request of a random prompt that both workers can be sent."""
         if self.options.bootstrap:
             host, port = split_address(self.options.bootstrap, field="--bootstrap")
         else:
             host = urlsplit(self.options.url).hostname or ""
             port = self.info.disaggregation_bootstrap_port
-        body = {
+        return {
             "input_ids": [random.randint(FIRST_ID, LAST_ID) for _ in range(tokens)],
-            "sampling_params": {"max_new_tokens": 1, "temperature": 0, "ignore_eos": True},
+            "sampling_params": {"max_new_tokens": new_tokens, "temperature": 0, "ignore_eos": True},
             "bootstrap_host": host,
             "bootstrap_port": port,
             "bootstrap_room": secrets.randbits(62),
         }
+
+    async def prefill_s(self, tokens: int) -> float:
+        """Return the seconds until prefill has answered a random prompt. Raises as `measure`."""
+        body = self.body(tokens, 1)
         async with asyncio.TaskGroup() as both:
-            both.create_task(self._generate(self.options.decode_url, body))
-            prefill = both.create_task(self._generate(self.options.url, body))
+            both.create_task(self.generate(self.options.decode_url, body))
+            prefill = both.create_task(self.generate(self.options.url, body))
         answer, seconds = prefill.result()
         _check_answer(self.options.url, answer, tokens)
         return seconds
 
-    async def _generate(self, url: str, body: dict[str, Any]) -> tuple[bytes, float]:
+    async def step_s(self, batch: int, new_tokens: int) -> float | None:
+        """Return the median seconds of a decode step of `batch` requests of `new_tokens`, all of them in it.
+
+        None when they never were in it all at once. Raises as `measure`.
+        """
+        bodies = [{**self.body(DECODE_TOKENS, new_tokens), "stream": True} for _ in range(batch)]
+        async with asyncio.TaskGroup() as all_:
+            for body in bodies:
+                all_.create_task(self.generate(self.options.url, {**body, "stream": False}))
+            streams = [all_.create_task(self._token_times(body)) for body in bodies]
+        times = [stream.result() for stream in streams]
+        if any(len(each) < 2 for each in times):
+            raise RemoteProtocolError(f"{self.options.decode_url}/generate: streams no tokens")
+        begin_s, end_s = max(each[1] for each in times), min(each[-1] for each in times)
+        gaps = [
+            b - a for each in times for a, b in pairwise(each) if a >= begin_s and b <= end_s
+        ]  # only while every request is in the batch
+        return statistics.median(gaps) if len(gaps) >= batch else None
+
+    async def _token_times(self, body: dict[str, Any]) -> list[float]:
+        """Return when each token of a stream came."""
+        times: list[float] = []
+
+        def count(part: bytes) -> None:
+            times.extend([time.perf_counter()] * part.count(b"data: {"))
+
+        await _ask(self.session, "POST", self.options.decode_url + "/generate", json=body, heard=count)
+        return times
+
+    async def generate(self, url: str, body: dict[str, Any]) -> tuple[bytes, float]:
+        """Return an answer and the seconds it took."""
         begin_s = time.perf_counter()
         answer = await _ask(self.session, "POST", url + "/generate", json=body)
         return answer, time.perf_counter() - begin_s
@@ -267,14 +318,65 @@ async def _time_all(pair: _Pair, repeats: int, lengths: Sequence[int]) -> list[t
     return [(tokens, statistics.median(seconds)) for tokens, seconds in taken.items()]
 
 
+async def _decode_steps(pair: _Pair, decoder: _Info, prompt_s: float) -> dict[int, float]:
+    """Return batch -> seconds of a step, for 1, 2, 4, ... until the objective is missed or the worker full.
+
+    Answers are long enough for all prompts of a batch (`prompt_s` each, one after the other) to be prefilled
+    while the first is still decoded; where the worker has no room for such, the batches end.
+    """
+    steps: dict[int, float] = {}
+    batch, new_tokens = 1, STEPS
+    limit = min((n for n in (decoder.context_length, decoder.max_req_input_len) if n), default=0)
+    while batch <= (decoder.max_running_requests or batch):
+        tokens = DECODE_TOKENS + new_tokens
+        if tokens + 8 > limit or batch * (tokens + decoder.page_size) > decoder.max_total_num_tokens:
+            break
+        await pair.flush()
+        try:
+            seconds = await pair.step_s(batch, new_tokens)
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+        if seconds is None:
+            break
+        steps[batch] = seconds
+        if seconds > pair.options.step_s:
+            break
+        batch *= 2
+        new_tokens = STEPS + math.ceil(batch * prompt_s / seconds)
+    return steps
+
+
+def decode_rate(steps: Mapping[int, float], step_s: float) -> DecodeRate | None:
+    """Return the largest batch within the objective and its step; between two batches time is a line.
+
+    None when nothing was measured, or one request alone misses the objective.
+    """
+    within = [batch for batch, seconds in sorted(steps.items()) if seconds <= step_s]
+    if not within:
+        return None
+    batch = within[-1]
+    beyond = [(n, s) for n, s in sorted(steps.items()) if n > batch]
+    if beyond:
+        n, s = beyond[0]
+        batch += math.floor((n - batch) * (step_s - steps[batch]) / (s - steps[batch]))
+        return DecodeRate(batch, step_s)
+    return DecodeRate(batch, steps[batch])
+
+
 async def _get(session: aiohttp.ClientSession, url: str) -> bytes:
     return await _ask(session, "GET", url, timeout_s=ASK_S)
 
 
 async def _ask(
-    session: aiohttp.ClientSession, method: str, url: str, *, timeout_s: float = PREFILL_S, json: Any = None
+    session: aiohttp.ClientSession,
+    method: str,
+    url: str,
+    *,
+    timeout_s: float = PREFILL_S,
+    json: Any = None,
+    heard: Callable[[bytes], None] | None = None,
 ) -> bytes:
-    """Return a bounded body. Raises Unavailable with the status or the reason."""
+    """Return a bounded body, telling `heard` each part. Raises Unavailable with the status or the reason."""
     try:
         async with (
             asyncio.timeout(timeout_s),
@@ -283,6 +385,8 @@ async def _ask(
             body = b""
             async for chunk in response.content.iter_any():
                 body += chunk
+                if heard is not None:
+                    heard(chunk)
                 if len(body) > MAX_BYTES:
                     raise RemoteProtocolError(f"{url}: answers more than {MAX_BYTES} bytes")
             if response.status != 200:

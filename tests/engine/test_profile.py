@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prfaas_sglang import cli
 from prfaas_sglang.cpu import models
 from router.core.profile import KvShape, Quadratic
-from router.plan import profile_file
+from router.plan import config, profile_file
+from router.plan.planner import plan
 from tests.engine.conftest import Serve
 from tests.engine.test_transfer_backend import pair
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+
+
+def plan_file(profile: str) -> dict[str, Any]:
+    """Return a plan of two sites that both have the measured profile."""
+    return {
+        "home": {"name": "B", "profile": profile, "instances": 2},
+        "remotes": [{"name": "A", "profile": profile, "instances": 1, "link": {"gbps": 1}}],
+        "workload": {"output_tokens": 64, "histogram": {"bounds": [64, 512, 2048], "counts": [3, 1]}},
+    }
 
 
 @pytest.mark.parametrize("family", ["gdn", "dense", "swa"])
@@ -32,6 +43,7 @@ def test_sizes_are_those_of_a_transfer(
                 *("--telemetry", pair_.telemetry),
                 *("--decode", pair_.decode.url),
                 *("--tokens", "128,512,1024,2048"),
+                *("--step-ms", "60000"),
                 *("--out", str(out)),
             ]
         )
@@ -43,6 +55,11 @@ def test_sizes_are_those_of_a_transfer(
             assert record["bytes"] == profile.kv_bytes(tokens)
         printed = capsys.readouterr().out
     assert "off by" in printed
+    question = config.parse(plan_file(str(out)), tmp_path)
+    assert plan(question).both.requests_per_s > 0
+    assert profile.decode is not None
+    assert 2 <= profile.decode.max_batch <= 8  # what the worker runs at once, as far as it has room
+    assert 0 < profile.decode.step_s < 10
     assert isinstance(profile.kv, KvShape)
     assert isinstance(profile.curve, Quadratic)
     assert profile.measured_tokens == (128, 2048)

@@ -12,7 +12,7 @@ import pytest
 from cache_service.core.errors import ConfigError, RemoteProtocolError
 from prfaas_sglang import cli
 from prfaas_sglang.core.layout import Component, Layout, to_json
-from router.core.profile import KvShape
+from router.core.profile import DecodeRate, KvShape
 from router.plan import measure
 from router.plan.pools import kv_shape, parse
 
@@ -76,6 +76,7 @@ OPTIONS = measure.Options("http://p:1", "http://p:2", "http://d:1", "", Path("ou
         ({"tokens": (5,)}, "--tokens"),
         ({"tokens": (0, 5)}, "--tokens"),
         ({"repeats": 0}, "--repeats"),
+        ({"step_s": -1.0}, "--step-ms"),
     ],
 )
 def test_options_are_checked(changes: dict[str, Any], message: str) -> None:
@@ -83,6 +84,15 @@ def test_options_are_checked(changes: dict[str, Any], message: str) -> None:
     measure.check(OPTIONS)
     with pytest.raises(ConfigError, match=message):
         measure.check(replace(OPTIONS, **changes))
+
+
+def test_decode_rate() -> None:
+    """The largest batch within the objective, on the line between two that were measured."""
+    steps = {1: 0.01, 2: 0.011, 4: 0.015, 8: 0.035}
+    assert measure.decode_rate(steps, 0.025) == DecodeRate(6, 0.025)
+    assert measure.decode_rate(steps, 1.0) == DecodeRate(8, 0.035)
+    assert measure.decode_rate(steps, 0.001) is None
+    assert measure.decode_rate({}, 0.0) is None
 
 
 def test_lengths() -> None:
