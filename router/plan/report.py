@@ -119,7 +119,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _caveats(plan: Plan) -> list[str]:
     """Say what the numbers are not."""
-    lines = ["model output: steady state, no queues, no loss; `prfaas simulate` has those"]
+    lines = ["model output: steady state, even arrivals, no queues, no loss"]
     question = plan.question
     longest = question.uncached.quantile(1.0)
     for name, profile in (
