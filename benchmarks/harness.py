@@ -32,6 +32,7 @@ class Row:
         peer_name: what the peer is, or why it could not run.
         bar: wanted ratio (at least, or at most when `lower_is_better`), None to report only.
         kind: measured, simulated or model.
+        within: wanted distance of the ratio from 1, where the peer is to be met and not to be beaten.
         note: what else is worth knowing of this row: spread, processor time, why something did not run.
     """
 
@@ -44,6 +45,7 @@ class Row:
     lower_is_better: bool = False
     kind: str = "measured"
     note: str = ""
+    within: float | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -52,7 +54,9 @@ class Row:
 
     @property
     def holds(self) -> bool | None:
-        """Whether the ratio meets the bar; None without one."""
+        """Whether the ratio meets the bar, or lies near enough to 1; None without either."""
+        if self.within is not None and self.ratio is not None:
+            return abs(self.ratio - 1) <= self.within
         if self.bar is None or self.ratio is None:
             return None
         return self.ratio <= self.bar if self.lower_is_better else self.ratio >= self.bar
@@ -130,7 +134,10 @@ def format_row(row: Row) -> str:
     )
     verdict = {None: "", True: "  holds", False: "  MISSED"}[row.holds]
     bar = "" if row.bar is None else f"  bar {'<=' if row.lower_is_better else '>='} {row.bar}"
+    if row.within is not None:
+        bar = f"  within {row.within:.1%}"
     note = f"  ({row.note})" if row.note else ""
+    note += f"  [{row.kind}]" if row.kind != "measured" else ""
     return (
         f"{row.name:<52} {ours:>9} {row.unit:<8} {row.peer_name}: {peer}  ratio {ratio}{bar}{verdict}{note}"
     )

@@ -66,6 +66,27 @@ TLS 1.3, ECDSA P-256. A worker reads its files when it starts: replace a certifi
 restart the site's workers. On one machine `tls: auto` in the fleet file does all of this at each start.
 """
 
+PLAN_EXAMPLE = """\
+example:
+  prfaas plan --print-example > plan.yaml   # sites, chips, counts, links, prices, workload
+  prfaas plan -f plan.yaml
+  prfaas plan -f plan.yaml --plots plots --json plan.json
+
+Says whether a second site pays and why, the best threshold and prefill/decode ratio, utilisation of every
+stage, cost per million tokens with egress, and what other bandwidths, hit ratios and prices would change.
+Model output, explained in docs/planning.md.
+"""
+
+PROFILE_EXAMPLE = """\
+example:
+  prfaas profile --url http://prefill:30000 --telemetry http://prefill:9400 --decode http://decode:30000 \\
+      --out gdn-h200.yaml
+  prfaas profile ... --tokens 512,2048,8192,32768 --repeats 5
+
+KV sizes come from the worker's own pools, the prefill curve from prompts of several lengths, sent to both
+workers with their caches flushed before each. They should serve nothing else meanwhile; their caches go.
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
@@ -121,6 +142,42 @@ def _parser() -> argparse.ArgumentParser:
     )
     certs.add_argument("--days", type=int, default=365, metavar="N", help="validity, 1 to 3650; default 365")
     certs.set_defaults(run=_certs)
+
+    plan = _command(commands, "plan", "is a second site worth it, and how to run it", PLAN_EXAMPLE)
+    plan.add_argument("-f", "--file", type=Path, metavar="FILE", help="the plan file (YAML)")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="also write the plan here")
+    plan.add_argument("--plots", type=Path, metavar="DIR", help="also draw plots (needs matplotlib)")
+    plan.add_argument("--print-example", action="store_true", help="print a commented plan file and exit")
+    plan.set_defaults(run=_plan)
+
+    profile = _command(commands, "profile", "measure what prompts cost on a live worker", PROFILE_EXAMPLE)
+    profile.add_argument(
+        "--url", required=True, metavar="URL", help="of the prefill worker, as SGLang serves"
+    )
+    profile.add_argument("--telemetry", required=True, metavar="URL", help="of its telemetry_listen")
+    profile.add_argument(
+        "--decode", required=True, metavar="URL", help="of a decode worker of the same model"
+    )
+    profile.add_argument(
+        "--bootstrap",
+        default="",
+        metavar="HOST:PORT",
+        help="where decode reaches prefill; default: the host of --url and the port that the worker tells",
+    )
+    profile.add_argument("--out", required=True, type=Path, metavar="FILE", help="the profile (YAML)")
+    profile.add_argument("--name", default="", metavar="NAME", help="model and chip; default: as served")
+    profile.add_argument(
+        "--tokens", default="", metavar="A,B,...", help="prompt lengths; default: 8 up to the worker's limit"
+    )
+    profile.add_argument("--repeats", type=int, default=3, metavar="N", help="of each length; default 3")
+    profile.add_argument(
+        "--step-ms",
+        type=float,
+        default=0.0,
+        metavar="MS",
+        help="also measure the decode rate: the largest batch whose steps stay within this",
+    )
+    profile.set_defaults(run=_profile)
 
     models = _command(commands, "models", "make checkpoints", "example:\n  prfaas models tiny --help\n")
     kinds = models.add_subparsers(required=True, metavar="KIND")
@@ -190,6 +247,35 @@ def _certs(arguments: argparse.Namespace) -> int:
         print(f"site {site}: {files.ca} {files.cert} {files.key}")
     print(f"keep {arguments.folder / 'ca.key'} away from the workers: it signs new sites")
     return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from router.plan import command
+
+    if arguments.print_example:
+        print(command.EXAMPLE.read_text(encoding="utf-8"), end="")
+        return 0
+    if arguments.file is None:
+        raise ConfigError("-f FILE is missing; `prfaas plan --print-example` prints a plan file")
+    return command.run(arguments.file, json_file=arguments.json, plot_folder=arguments.plots)
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    from router.plan import measure
+
+    return measure.run(
+        measure.Options(
+            url=arguments.url.rstrip("/"),
+            telemetry_url=arguments.telemetry.rstrip("/"),
+            decode_url=arguments.decode.rstrip("/"),
+            bootstrap=arguments.bootstrap,
+            out=arguments.out,
+            name=arguments.name,
+            tokens=measure.lengths(arguments.tokens),
+            repeats=arguments.repeats,
+            step_s=arguments.step_ms / 1e3,
+        )
+    )
 
 
 def _tiny(arguments: argparse.Namespace) -> int:

@@ -32,6 +32,7 @@ from cache_service.core.errors import ConfigError, LocalProtocolError, PrfaasErr
 from prfaas_sglang import config
 from prfaas_sglang.core.compression import CODECS, Mode
 from prfaas_sglang.core.framing import Grant
+from prfaas_sglang.core.layout import to_json
 from prfaas_sglang.engine import cuda, layerwise, pools
 from prfaas_sglang.engine.hooks import announce_prompts
 from prfaas_sglang.transfer import telemetry
@@ -59,11 +60,12 @@ class PrfaasManager(CommonKVManager):
         # the scheduler's thread must not wait long for the interpreter when ours run
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
         self.server_socket.close(linger=0)  # the base class's control socket; nobody may talk to it
+        model_config = ModelConfig.from_server_args(server_args)
         layout = pools.describe(
             args,
             model=server_args.served_model_name,
             tp_size=self.attn_tp_size,
-            model_dtype=str(ModelConfig.from_server_args(server_args).dtype).removeprefix("torch."),
+            model_dtype=str(model_config.dtype).removeprefix("torch."),
         )
         self.memory = memory = pools.pool_memory(args, layout, device=str(server_args.device))
         tls = None
@@ -113,7 +115,12 @@ class PrfaasManager(CommonKVManager):
             logger.info("kv_import_ready layout=%s", layout.fingerprint())
         if worker.telemetry_listen and self.attn_tp_rank == 0:
             host, port = split_address(worker.telemetry_listen, field="telemetry_listen")
-            telemetry.serve(self.telemetry, host, port)
+            shape = {
+                "layout": to_json(layout),
+                "fingerprint": layout.fingerprint(),
+                "window_tokens": int(getattr(model_config, "sliding_window_size", None) or 0),
+            }
+            telemetry.serve(self.telemetry, host, port, shape)
 
     def register_to_bootstrap(self) -> None:
         """Nothing to register with: the listener itself is the registry."""

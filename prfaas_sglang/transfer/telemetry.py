@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -294,8 +294,13 @@ class Telemetry:
             return [r for r in self._latest.values() if room is None or r.room == room]
 
 
-def serve(telemetry: Telemetry, host: str, port: int) -> ThreadingHTTPServer:
-    """Answer GET /metrics, /links and /transfers[?room=N] on host:port from a daemon thread.
+def serve(
+    telemetry: Telemetry, host: str, port: int, layout: Mapping[str, object] | None = None
+) -> ThreadingHTTPServer:
+    """Answer GET /metrics, /links, /layout and /transfers[?room=N] on host:port from a daemon thread.
+
+    Args:
+        layout: JSON values for /layout: what the worker's pools look like; None answers 404.
 
     Raises OSError when the address is taken.
     """
@@ -318,8 +323,10 @@ def serve(telemetry: Telemetry, host: str, port: int) -> ThreadingHTTPServer:
                 self._answer(200, "application/json", json.dumps(body).encode())
             elif url.path == "/links":
                 self._answer(200, "application/json", json.dumps({"links": telemetry.links()}).encode())
+            elif url.path == "/layout" and layout is not None:
+                self._answer(200, "application/json", json.dumps(layout).encode())
             else:
-                self._answer(404, "text/plain", b"try /metrics, /links or /transfers?room=N\n")
+                self._answer(404, "text/plain", b"try /metrics, /links, /layout or /transfers?room=N\n")
 
         def _answer(self, status: int, kind: str, body: bytes) -> None:
             self.send_response(status)

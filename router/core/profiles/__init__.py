@@ -1,0 +1,1 @@
+"""Profiles of published models, with the source of every number."""
