@@ -15,6 +15,7 @@ import msgspec
 
 from cache_service.core import events
 from cache_service.core.errors import RemoteProtocolError
+from cache_service.core.index_types import Needs
 
 
 class _BlockStored(msgspec.Struct, tag="BlockStored", gc=False):
@@ -64,11 +65,13 @@ class Batch:
         sent_unix_s: wall clock of the publisher.
         events: the usable events, in order.
         refused: for each event that was not usable, what was wrong with it.
+        needs: what the worker's model needs, where the batch says it (only our plugin's stream does).
     """
 
     sent_unix_s: float
     events: tuple[events.Event, ...]
     refused: tuple[RemoteProtocolError, ...]
+    needs: Needs | None = None
 
 
 def decode_batch(payload: bytes, *, page_size: int, dp_rank: int) -> Batch:
