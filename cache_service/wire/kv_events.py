@@ -10,6 +10,7 @@ attn_dp_rank]`, an event a map whose `type` is the class name, with optional fie
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import msgspec
 
@@ -57,8 +58,11 @@ _RAW_BATCH = msgspec.msgpack.Decoder(_RawBatch)
 _EVENT = msgspec.msgpack.Decoder(_WireEvent)
 
 
+E = TypeVar("E")
+
+
 @dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(Generic[E]):
     """One published batch.
 
     Attributes:
@@ -69,12 +73,12 @@ class Batch:
     """
 
     sent_unix_s: float
-    events: tuple[events.Event, ...]
+    events: tuple[E, ...]
     refused: tuple[RemoteProtocolError, ...]
     needs: Needs | None = None
 
 
-def decode_batch(payload: bytes, *, page_size: int, dp_rank: int) -> Batch:
+def decode_batch(payload: bytes, *, page_size: int, dp_rank: int) -> Batch[events.Event]:
     """Decode one batch of the source with `dp_rank`.
 
     Raises RemoteProtocolError when the payload is no batch, or one of another data-parallel rank.

@@ -24,7 +24,7 @@ VERSION = 1
 #: Second frame of a request for a page of a dump; a replay request has none.
 DUMP = b"dump"
 #: A page is closed above this; one event, at most 8 MiB, may exceed it.
-PAGE_BYTES = 1 << 20
+PAGE_BYTES = 1 << 17
 MAX_PAGES = 4096
 
 
@@ -114,7 +114,7 @@ class DumpPage:
     pages: int
     seq: int
     anchor: bytes
-    batch: Batch
+    batch: Batch[events.Event]
 
 
 def encode_batch(sent_unix_s: float, dp_rank: int, items: Iterable[Item]) -> bytes:
@@ -141,7 +141,7 @@ def dump_request(dump: int, page: int) -> list[bytes]:
     return [page.to_bytes(8, "big"), DUMP, dump.to_bytes(8, "big")]
 
 
-def decode_batch(payload: bytes, *, page_size: int, dp_rank: int) -> Batch:
+def decode_batch(payload: bytes, *, page_size: int, dp_rank: int) -> Batch[events.Event]:
     """Decode one batch of the source with `dp_rank`.
 
     Raises RemoteProtocolError when the payload is no batch, of another version or data-parallel rank, or
@@ -178,7 +178,7 @@ def _check_version(version: int) -> None:
         raise RemoteProtocolError(f"version: {version}, this service reads {VERSION}", reason="version")
 
 
-def _usable(sent_unix_s: float, wire: Sequence[_Wire], page_size: int) -> Batch:
+def _usable(sent_unix_s: float, wire: Sequence[_Wire], page_size: int) -> Batch[events.Event]:
     usable: list[events.Event] = []
     refused: list[RemoteProtocolError] = []
     needs = None

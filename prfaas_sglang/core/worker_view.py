@@ -61,8 +61,9 @@ class WorkerView:
         said: list[Event] = []
         for event in blocks:
             if isinstance(event, AllCleared):
-                for table in (*self._block_at.values(), *self._slot_of.values()):
-                    table.clear()
+                for group in Group:
+                    self._block_at[group].clear()
+                    self._slot_of[group].clear()
             said.append(event)
         held_before: dict[tuple[Group, BlockHash], bool] = {}
         for change in changes:
@@ -114,5 +115,3 @@ class WorkerView:
             if new:
                 said.append(GroupStored(group, new))
         return said
-
-

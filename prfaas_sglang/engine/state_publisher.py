@@ -5,7 +5,7 @@ and costs it a queue entry. The scheduler never walks its tree for a dump: the v
 
 Wire (docs/kv-events.md): PUB sends [topic, seq u64, batch]. ROUTER answers ["", seq u64] with every batch of
 the ring from seq on and an end mark, as SGLang's own publisher does, and ["", page u64, "dump", dump u64]
-with one page of a dump. Both bounded: a request is one short message, a page about 1 MiB, and what a slow
+with one page of a dump. Both bounded: a request is one short message, a page about 128 KiB, and what a slow
 reader does not fetch is dropped by its queue's limit.
 """
 
@@ -124,7 +124,7 @@ class StatePublisher:
         """Survive: what a bad event or a reader's socket does must not end the stream."""
         try:
             act()
-        except Exception:  # noqa: BLE001
+        except Exception:
             if time.monotonic() - self._warned_s >= _WARN_EVERY_S:
                 self._warned_s = time.monotonic()
                 log.exception("prfaas state events: a step failed")
