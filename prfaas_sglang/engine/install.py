@@ -62,7 +62,7 @@ def _check_arguments(server_args: Any, previous: Any) -> None:
             raise UnsupportedEngine(f"{flag} {value}: {why} with the prfaas transfer backend")
 
 
-def _after_events_publisher(result: Any, publisher: Any) -> None:
+def _after_events_publisher(result: Any, publisher: Any, *_: Any) -> None:
     """Follow the scheduler's cache from where SGLang begins to publish its events (one rank does)."""
     settings = config.load()
     if settings is None or settings.state_events is None or not publisher.enable_kv_cache_events:
