@@ -34,8 +34,6 @@ Step = Callable[[], tuple[Iterable[Event], Iterable[Change]]]
 
 TOPIC = b"prfaas"
 _MAX_REQUEST_BYTES = 1024
-#: Above the ring, so that a replay fits.
-_SEND_QUEUE = 20_000
 #: Steps that may wait for the thread; then `submit` waits for it. Some seconds of a busy scheduler.
 _MAX_WAITING = 100_000
 #: A dump is shared by those who ask within this time, and its pages are kept this long.
@@ -62,7 +60,8 @@ class StatePublisher:
         self._router = self._context.socket(zmq.ROUTER)
         for socket in (self._pub, self._router):
             socket.set(zmq.LINGER, 0)
-            socket.set(zmq.SNDHWM, _SEND_QUEUE)
+            # A replay and its end mark fit; a subscriber further behind has to ask again anyway.
+            socket.set(zmq.SNDHWM, ring_batches + 1)
         self._router.set(zmq.MAXMSGSIZE, _MAX_REQUEST_BYTES)
         try:
             self._pub.bind(endpoint)
