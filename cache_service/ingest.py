@@ -63,6 +63,8 @@ _ATTEMPTS = 3
 _RETRY_S = (0.2, 1.0)
 _WITHOUT_REPLAY_S = 30.0
 _FIRST_PROBE_S = 0.25
+#: A dump is made beside a scheduler that may keep the interpreter for itself; nothing is claimed meanwhile.
+_DUMP_WAIT_S = 30.0
 _WARN_EVERY_S = 10.0
 _HEARTBEAT_MS = 2000
 _LIVE_BURST = 32
@@ -258,7 +260,8 @@ class SourceStream:
             while page < pages:
                 request = worker_events.dump_request(dump, page)
                 await dealer.send_multipart([b"", *request], zmq.NOBLOCK)
-                frames = await asyncio.wait_for(dealer.recv_multipart(), self._config.replay_timeout_s)
+                wait_s = self._config.replay_timeout_s if page else _DUMP_WAIT_S
+                frames = await asyncio.wait_for(dealer.recv_multipart(), wait_s)
                 found = worker_events.decode_page(frames[-1], page_size=self._index.namespace.page_size)
                 if found.page != page or found.pages < 1 or (page and found.dump != dump):
                     raise RemoteProtocolError(f"page {page} of dump {dump} is gone", reason="dump_gone")

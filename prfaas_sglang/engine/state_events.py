@@ -19,6 +19,8 @@ Host copies (HiCache) of states and windows are not followed: they are claimed l
 from __future__ import annotations
 
 import logging
+import sys
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +53,7 @@ from prfaas_sglang.engine.state_publisher import StatePublisher
 
 log = logging.getLogger(__name__)
 
+_SWITCH_S = 2e-4
 _KNOWN = {ComponentType.FULL, ComponentType.SWA, ComponentType.MAMBA}
 
 
@@ -58,7 +61,7 @@ _KNOWN = {ComponentType.FULL, ComponentType.SWA, ComponentType.MAMBA}
 class _Salted:
     """A salted key: the token ids (a copy) whose event hashes stand for the tree's own."""
 
-    token_ids: Sequence[int]
+    token_ids: array[int]
     salt: str
 
 
@@ -103,6 +106,8 @@ def follow(tree: Any, config: StateEventsConfig, dp_rank: int) -> StatePublisher
         *endpoints, tree.page_size, needs, dp_rank=dp_rank, ring_batches=config.ring_batches
     )
     _Recorder(tree, needs, publisher.submit)
+    # The publisher's thread must not keep the interpreter from the scheduler's for long.
+    sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_S))
     return publisher
 
 
@@ -244,12 +249,11 @@ def _event_hashes(names: Sequence[str], salted: _Salted | None, page_size: int) 
     """Return the names that KV events have for tree nodes' hashes (hex digests), [] when they have none."""
     digests = [bytes.fromhex(name) for name in names]
     if salted is not None:
-        tree = blocks.block_digests(
-            salted.token_ids, page_size, seed=blocks.storage_namespace_seed(None, salted.salt)
-        )
-        said = blocks.block_digests(
-            salted.token_ids, page_size, seed=blocks.event_namespace_seed(salted.salt)
-        )
+        # Narrowed once, outside the interpreter; hashing takes this type as it is.
+        tokens = array("I")
+        tokens.frombytes(torch.frombuffer(salted.token_ids, dtype=torch.int64).to(torch.int32).numpy())
+        tree = blocks.block_digests(tokens, page_size, seed=blocks.storage_namespace_seed(None, salted.salt))
+        said = blocks.block_digests(tokens, page_size, seed=blocks.event_namespace_seed(salted.salt))
         of = dict(zip(tree, said, strict=True))
         if not of.keys() >= set(digests):
             return []

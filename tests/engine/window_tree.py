@@ -1,8 +1,8 @@
 """Run by test_state_events: SGLang's own tree and sliding-window pools, with our recorder on them.
 
-No tiny model makes SGLang keep a window pool on CPU, but its cache needs no model: random prompts are matched,
-stored with windows freed behind them as its scheduler frees them, and evicted. After every step each known
-prompt is asked of the tree and of an index that was told our events only. Prints one line of JSON.
+No tiny model makes SGLang keep a window pool on CPU, but its cache needs no model: random prompts are
+matched, stored with windows freed behind them as its scheduler frees them, and evicted. After every step each
+known prompt is asked of the tree and of an index that was told our events only. Prints one line of JSON.
 """
 
 from __future__ import annotations
