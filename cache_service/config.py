@@ -17,6 +17,7 @@ from cache_service.core.errors import ConfigError
 from cache_service.core.ids import Namespace, SiteId, SourceId, WorkerId, parse_name
 from cache_service.core.publish import PublishPolicy
 from cache_service.etcd.config import EtcdConfig, TlsPaths
+from cache_service.wire.formats import Format
 
 MAX_WORKERS = 4096
 _TCP = re.compile(r"tcp://(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
@@ -34,7 +35,16 @@ class NamespaceConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class WorkerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One event stream: `events` and `replay` are exact addresses (SGLang adds the dp rank to its ports)."""
+    """One event stream.
+
+    Attributes:
+        events, replay: exact addresses (SGLang adds the dp rank to its ports).
+        topic: subscribe to this one, "" for all.
+        format: who writes it: "prfaas" (our plugin, with states and windows), "sglang", "vllm".
+        needs_state: the model has linear layers. A "prfaas" worker says so itself; of another, whose events
+            tell of no states, nothing is then said to be usable.
+        swa_window_blocks: likewise the blocks that a sliding window spans, 0 for none.
+    """
 
     worker_id: str
     site: str
@@ -42,6 +52,9 @@ class WorkerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     dp_rank: int = 0
     replay: str | None = None
     topic: str = ""
+    format: Format = "sglang"
+    needs_state: bool = False
+    swa_window_blocks: int = 0
 
     @property
     def source(self) -> SourceId:
@@ -244,6 +257,13 @@ def _check_worker(worker: WorkerConfig, path: str) -> None:
     parse_name(worker.site, field=f"{path}.site")
     if not 0 <= worker.dp_rank < 65536:
         raise ConfigError(f"{path}.dp_rank: {worker.dp_rank} is not in 0..65535")
+    if worker.format == "prfaas":
+        if worker.replay is None:
+            raise ConfigError(f"{path}.replay: is missing; a prfaas stream begins with a dump from there")
+        if worker.needs_state or worker.swa_window_blocks:
+            raise ConfigError(f"{path}.needs_state: a prfaas worker says itself what its model needs")
+    if not 0 <= worker.swa_window_blocks <= 1 << 20:
+        raise ConfigError(f"{path}.swa_window_blocks: {worker.swa_window_blocks} is not in 0..{1 << 20}")
     for field, endpoint in (("events", worker.events), ("replay", worker.replay)):
         if endpoint is None or _IPC.fullmatch(endpoint):
             continue

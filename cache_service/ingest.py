@@ -14,6 +14,10 @@ gone.
 A batch that PUB sends between the end of a replay and the arrival of our subscription is lost without a
 trace, and so is the last batch before a worker falls silent. So a stream is also probed: soon after each
 replay, and whenever it has been silent for `probe_s`, the last batch is compared with the worker's ring.
+
+A worker with our plugin also answers with a full dump of what it holds at one position of its stream. It is
+asked for whenever nothing is known, in place of the ring's past: at the start, beyond the ring, in a new
+life. Until such a worker has declared what its model needs, nothing of it counts as usable.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +37,14 @@ from zmq.utils.monitor import recv_monitor_message
 from cache_service import logs
 from cache_service.config import IngestConfig, WorkerConfig
 from cache_service.core.errors import RemoteProtocolError
+from cache_service.core.index_types import Needs
 from cache_service.core.sequencing import END_SEQ, Sequencer, Step
 from cache_service.metrics import Happening
 from cache_service.native import AnyBatch
 from cache_service.state import IndexState
+from cache_service.wire import formats, worker_events
 from cache_service.wire.codec import SourceState, SourceStats
+from cache_service.wire.kv_events import Batch
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +63,13 @@ _ATTEMPTS = 3
 _RETRY_S = (0.2, 1.0)
 _WITHOUT_REPLAY_S = 30.0
 _FIRST_PROBE_S = 0.25
+#: A dump is made beside a scheduler that may keep the interpreter for itself; nothing is claimed meanwhile.
+_DUMP_WAIT_S = 30.0
 _WARN_EVERY_S = 10.0
 _HEARTBEAT_MS = 2000
 _LIVE_BURST = 32
+#: More than any worker has: nothing is usable.
+_UNDECLARED = Needs(state=True, window_blocks=1 << 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +93,12 @@ class SourceStream:
         self._source = worker.source
         self._site = worker.site
         self._sequencer = Sequencer()
+        self._reader = formats.reader(
+            worker.format, page_size=state.namespace.page_size, dp_rank=self._source.dp_rank
+        )
+        self._dumps = worker.format == "prfaas"
+        needs = _UNDECLARED if self._dumps else Needs(worker.needs_state, worker.swa_window_blocks)
+        state.declare(self._source, needs)
         self._connected = False
         #: Whether batches are known to be missing, or may be: a failed replay then has consequences.
         self._in_doubt = False
@@ -215,6 +233,8 @@ class SourceStream:
             self._without_replay()
             return True
         for _ in range(_MAX_ROUNDS):
+            if self._dumps and not self._sequencer.placed and not await self._take_dump():
+                break
             step = await self._replay_round()
             if step is Step.DONE and self._past_skipped:
                 self._past_skipped = False  # the replay is back: take the past from it
@@ -231,14 +251,39 @@ class SourceStream:
         self._replay_failed()
         return False
 
+    async def _take_dump(self) -> bool:
+        """Take what the worker holds, page by page; False, and nothing known, when that fails."""
+        assert self._reader is not None
+        dealer = self._dealer()
+        dump, page, pages = 0, 0, 1
+        try:
+            while page < pages:
+                request = worker_events.dump_request(dump, page)
+                await dealer.send_multipart([b"", *request], zmq.NOBLOCK)
+                wait_s = self._config.replay_timeout_s if page else _DUMP_WAIT_S
+                frames = await asyncio.wait_for(dealer.recv_multipart(), wait_s)
+                found = worker_events.decode_page(frames[-1], page_size=self._index.namespace.page_size)
+                if found.page != page or found.pages < 1 or (page and found.dump != dump):
+                    raise RemoteProtocolError(f"page {page} of dump {dump} is gone", reason="dump_gone")
+                if page == 0:
+                    self._count(Happening.DUMP)
+                    self._index.clear(self._source)
+                self._apply_read(self._reader, found.batch, found.seq)
+                dump, page, pages = found.dump, page + 1, found.pages
+            sent_unix_s = self._reader.decode(found.anchor).sent_unix_s
+        except (TimeoutError, zmq.ZMQError, RemoteProtocolError) as error:
+            self._count(Happening.GARBAGE, warn=True, problem=f"no dump: {error or 'no answer'}")
+            self._forget(Happening.LOST)
+            return False
+        finally:
+            dealer.close(linger=0)
+        self._sequencer.resume(found.seq, found.anchor, sent_unix_s)
+        return True
+
     async def _replay_round(self) -> Step | None:
         """Ask once from the sequencer's anchor; None when the answer stops short."""
-        assert self._worker.replay is not None
-        dealer = self._context.socket(zmq.DEALER)
+        dealer = self._dealer()
         try:
-            dealer.set(zmq.RCVHWM, _REPLAY_QUEUE)
-            dealer.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-            dealer.connect(self._worker.replay)
             start = self._sequencer.begin_replay()
             reached = self._sequencer.next_seq
             wait_s = self._config.replay_timeout_s
@@ -269,6 +314,10 @@ class SourceStream:
             return self._sequencer.replay_end()
         step = self._sequencer.replayed(frame.seq, frame.payload, frame.sent_unix_s)
         if step is Step.LOST:
+            if self._dumps:
+                self._in_doubt = True
+                self._forget(Happening.LOST)
+                return Step.AGAIN
             self._drop(Happening.LOST)
         if step in (Step.APPLY, Step.LOST):
             self._count(Happening.REPLAYED)
@@ -310,7 +359,7 @@ class SourceStream:
         if number == END_SEQ:
             return _Frame(number, payload, None, None)
         try:
-            batch = self._index.decode(self._source, payload)
+            batch = self._decode(payload)
         except RemoteProtocolError as error:
             self._count(Happening.GARBAGE, warn=True, problem=str(error), seq=number)
             return _Frame(number, payload, None, None)
@@ -320,15 +369,38 @@ class SourceStream:
         self._count(Happening.APPLIED)
         if frame.batch is None:
             return
-        for problem in frame.batch.refused:
-            self._count(Happening.REFUSED_EVENT, warn=True, problem=str(problem), seq=frame.seq)
+        if self._reader is not None and isinstance(frame.batch, Batch):
+            self._apply_read(self._reader, frame.batch, frame.seq)
+            return
+        self._refused(frame.batch.refused, frame.seq)
         self._index.apply_batch(self._source, frame.batch)
+
+    def _decode(self, payload: bytes) -> AnyBatch:
+        """Decode a batch; SGLang's own the index decodes itself."""
+        if self._reader is not None:
+            return self._reader.decode(payload)
+        return self._index.decode(self._source, payload)
+
+    def _apply_read(self, reader: formats.Reader, batch: Batch[Any], seq: int) -> None:
+        if batch.needs is not None:
+            self._index.declare(self._source, batch.needs)
+        usable, refused = reader.core_events(batch)
+        self._refused(refused, seq)
+        self._index.apply(self._source, usable)
+
+    def _refused(self, problems: Iterable[RemoteProtocolError], seq: int) -> None:
+        for problem in problems:
+            self._count(Happening.REFUSED_EVENT, warn=True, problem=str(problem), seq=seq)
 
     def _forget(self, why: Happening) -> None:
         self._sequencer.forget()
         self._drop(why)
+        if self._dumps:
+            self._index.declare(self._source, _UNDECLARED)
 
     def _drop(self, why: Happening) -> None:
+        if self._reader is not None:
+            self._reader.forget()
         self._count(why, warn=True, dropped_entries=self._index.clear(self._source))
 
     def _go_live(self, probe_s: float | None) -> None:
@@ -356,6 +428,14 @@ class SourceStream:
         subscriber.set(zmq.HEARTBEAT_TIMEOUT, 3 * _HEARTBEAT_MS)
         subscriber.subscribe(self._worker.topic)
         return subscriber
+
+    def _dealer(self) -> zmq.asyncio.Socket:
+        assert self._worker.replay is not None
+        dealer = self._context.socket(zmq.DEALER)
+        dealer.set(zmq.RCVHWM, _REPLAY_QUEUE)
+        dealer.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        dealer.connect(self._worker.replay)
+        return dealer
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

@@ -30,6 +30,7 @@ class Happening(Enum):
     UNEXPLAINED = "unexplained"  # a batch out of order that a replay does not have
     REFUSED_EVENT = "refused_event"  # an event that cannot be true, inside a usable batch
     GAP = "gap"  # batches missed, replay asked
+    DUMP = "dump"  # a full dump taken: what is known begins anew from it
     LOST = "lost"  # batches beyond the replay ring: the worker's blocks dropped
     EPOCH = "epoch"  # the worker began a new life: its blocks dropped
     REPLAY_FAILED = "replay_failed"  # no usable answer to a replay request in time

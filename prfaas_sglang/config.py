@@ -7,6 +7,7 @@ plugin does nothing.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,8 @@ from cache_service.core.ids import parse_name
 
 ENVIRONMENT_VARIABLE = "PRFAAS_CONFIG"
 
+_ADDRESS = re.compile(r"tcp://[^:/\s]+:\d{1,5}|tcp://\[[0-9A-Fa-f:]+\]:\d{1,5}|ipc://\S+")
+
 
 class TlsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """PEM files: authority of the peers, own certificate chain, own key. Never logged."""
@@ -26,6 +29,33 @@ class TlsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ca: str
     cert: str
     key: str
+
+
+class StateEventsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a worker says what its cache holds (docs/kv-events.md); needs SGLang's --kv-events-config.
+
+    Attributes:
+        endpoint: address that the event stream is bound to, such as tcp://*:5559.
+        replay_endpoint: address that replays and full dumps are asked from.
+        ring_batches: batches kept for replay; who misses more asks for a dump.
+    """
+
+    endpoint: str
+    replay_endpoint: str
+    ring_batches: int = 10_000
+
+    def check(self, field: str) -> None:
+        """Raise ConfigError naming the first field below `field` that is wrong."""
+        for name in ("endpoint", "replay_endpoint"):
+            value = getattr(self, name)
+            if not _ADDRESS.fullmatch(value):
+                raise ConfigError(
+                    f"{field}.{name}: {value!r} is not an address to bind, such as tcp://*:5559 or ipc:///path"
+                )
+        if self.endpoint == self.replay_endpoint:
+            raise ConfigError(f"{field}.replay_endpoint: {self.endpoint!r} is also `endpoint`")
+        if not 1 <= self.ring_batches <= 1_000_000:
+            raise ConfigError(f"{field}.ring_batches: {self.ring_batches} is not in 1..1000000")
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,6 +81,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             certificate proves its site, without it the peer's word is taken.
         compression: what may be done to KV on the wire, on both sides: "lossless" compresses while that is
             faster than the link, "fp8" also rounds KV to 8 bits (not the linear state), "none" does nothing.
+        state_events: the stream for a cache service that knows states and windows; None for no such stream.
     """
 
     worker_id: str
@@ -65,6 +96,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     insecure: bool = False
     peer_sites: tuple[str, ...] = ()
     compression: Literal["none", "lossless", "fp8"] = "lossless"
+    state_events: StateEventsConfig | None = None
 
     def check(self) -> None:
         """Raise ConfigError naming the first field that is wrong."""
@@ -86,6 +118,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(f"{ENVIRONMENT_VARIABLE}.connections: {self.connections} is not in 1..64")
         for site in self.peer_sites:
             parse_name(site, field=f"{ENVIRONMENT_VARIABLE}.peer_sites")
+        if self.state_events is not None:
+            self.state_events.check(f"{ENVIRONMENT_VARIABLE}.state_events")
         check_encryption(
             ENVIRONMENT_VARIABLE, "{ca, cert, key}", tls=self.tls is not None, insecure=self.insecure
         )

@@ -131,16 +131,17 @@ def stored(
     return BlocksStored(
         tuple(BlockHash(value) for value in hashes),
         None if parent is None else BlockHash(parent),
-        _tier(medium),
+        tier_of(medium),
     )
 
 
 def removed(hashes: Sequence[int], *, medium: str | None) -> BlocksRemoved:
     """Build a BlocksRemoved from an engine's values; raises RemoteProtocolError naming the field."""
-    return BlocksRemoved(tuple(BlockHash(value) for value in hashes), _tier(medium))
+    return BlocksRemoved(tuple(BlockHash(value) for value in hashes), tier_of(medium))
 
 
-def _tier(medium: str | None) -> Tier:
+def tier_of(medium: str | None) -> Tier:
+    """Return the tier of an engine's medium; raises RemoteProtocolError for one that we do not know."""
     tier = TIER_OF_MEDIUM.get(medium)
     if tier is None:
         known = ", ".join(str(name) for name in TIER_OF_MEDIUM if name)

@@ -73,6 +73,11 @@ class Sequencer:
         self.truncated = False
 
     @property
+    def placed(self) -> bool:
+        """Whether there is a position: a batch was applied, or `resume` said where to go on."""
+        return self._position is not None
+
+    @property
     def next_seq(self) -> int:
         """The sequence number that comes next; 0 before anything was seen."""
         return 0 if self._position is None else self._position.seq + 1
@@ -92,6 +97,11 @@ class Sequencer:
     def skip_to(self, seq: int, payload: bytes, sent_unix_s: float | None) -> None:
         """Take a live batch as the new position although batches are missing: there is no replay to ask."""
         self.truncated = True
+        self._advance(seq, payload, sent_unix_s)
+
+    def resume(self, seq: int, payload: bytes, sent_unix_s: float) -> None:
+        """Go on behind a batch whose content, and all before it, came in a full dump."""
+        self.truncated = False
         self._advance(seq, payload, sent_unix_s)
 
     def begin_replay(self) -> int:

@@ -10,11 +10,13 @@ attn_dp_rank]`, an event a map whose `type` is the class name, with optional fie
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import msgspec
 
 from cache_service.core import events
 from cache_service.core.errors import RemoteProtocolError
+from cache_service.core.index_types import Needs
 
 
 class _BlockStored(msgspec.Struct, tag="BlockStored", gc=False):
@@ -56,22 +58,27 @@ _RAW_BATCH = msgspec.msgpack.Decoder(_RawBatch)
 _EVENT = msgspec.msgpack.Decoder(_WireEvent)
 
 
+E = TypeVar("E")
+
+
 @dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(Generic[E]):
     """One published batch.
 
     Attributes:
         sent_unix_s: wall clock of the publisher.
         events: the usable events, in order.
         refused: for each event that was not usable, what was wrong with it.
+        needs: what the worker's model needs, where the batch says it (only our plugin's stream does).
     """
 
     sent_unix_s: float
-    events: tuple[events.Event, ...]
+    events: tuple[E, ...]
     refused: tuple[RemoteProtocolError, ...]
+    needs: Needs | None = None
 
 
-def decode_batch(payload: bytes, *, page_size: int, dp_rank: int) -> Batch:
+def decode_batch(payload: bytes, *, page_size: int, dp_rank: int) -> Batch[events.Event]:
     """Decode one batch of the source with `dp_rank`.
 
     Raises RemoteProtocolError when the payload is no batch, or one of another data-parallel rank.

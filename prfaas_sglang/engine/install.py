@@ -62,6 +62,21 @@ def _check_arguments(server_args: Any, previous: Any) -> None:
             raise UnsupportedEngine(f"{flag} {value}: {why} with the prfaas transfer backend")
 
 
+def _after_events_publisher(result: Any, publisher: Any, *_: Any) -> None:
+    """Follow the scheduler's cache from where SGLang begins to publish its events (one rank does)."""
+    settings = config.load()
+    if settings is None or settings.state_events is None or not publisher.enable_kv_cache_events:
+        return
+    from sglang.srt.disaggregation.kv_events import select_kv_publisher_dp_rank
+    from sglang.srt.runtime_context import get_parallel
+
+    from prfaas_sglang.engine import state_events
+
+    ranks = get_parallel()
+    dp_rank = select_kv_publisher_dp_rank(ranks.attn_dp_size, ranks.attn_dp_rank, ranks.dp_rank)
+    state_events.follow(publisher.tree_cache, settings.state_events, dp_rank)
+
+
 def install() -> None:
     """Register the backend. Idempotent within a process.
 
@@ -87,5 +102,11 @@ def install() -> None:
     add_disagg_transfer_backend_choices([BACKEND])
     HookRegistry.register(
         "sglang.srt.disaggregation.utils.get_kv_class", _around_get_kv_class, HookType.AROUND
+    )
+    HookRegistry.register(
+        "sglang.srt.managers.scheduler_components.kv_events_publisher"
+        ".SchedulerKvEventsPublisher.init_kv_events",
+        _after_events_publisher,
+        HookType.AFTER,
     )
     register_resolution_hook("handle_pd_disaggregation")(_check_arguments)

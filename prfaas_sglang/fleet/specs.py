@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +53,8 @@ class WorkerPorts:
     events: int
     replay: int
     telemetry: int
+    state_events: int = 0
+    state_replay: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +113,32 @@ def has_linear_state(model: Path) -> bool:
     Either it lists them (layer_types), or says how often a full-attention layer comes (Qwen3-Next), or has a
     section for them (Kimi Linear). Raises ConfigError for a config.json that is not one.
     """
-    try:
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        text = config.get("text_config") or config
+    with _text_config(model) as text:
         return (
             "linear_attention" in (text.get("layer_types") or [])
             or (text.get("full_attention_interval") or 1) > 1
             or bool(text.get("linear_attn_config"))
         )
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        path = model / "config.json"
+
+
+def sliding_window(model: Path) -> int:
+    """Return the tokens of the window of a model with sliding-window layers, 0 for one without.
+
+    Raises ConfigError for a config.json that is not one.
+    """
+    with _text_config(model) as text:
+        if "sliding_attention" not in (text.get("layer_types") or []):
+            return 0
+        return int(text["sliding_window"])
+
+
+@contextlib.contextmanager
+def _text_config(model: Path) -> Iterator[dict[str, Any]]:
+    path = model / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        yield config.get("text_config") or config
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise ConfigError(f"model.path: {path} is not a model's configuration: {error}") from error
 
 
@@ -150,6 +170,7 @@ def claim_ports(fleet: Fleet, ports: PortPlan) -> FleetPorts:
         for j, worker in enumerate(site.workers):
             path = f"sites[{i}].workers[{j}]"
             prefill = worker.role == "prefill"
+            stateful = prefill and fleet.transfer.backend == "prfaas"
             workers[worker.name] = WorkerPorts(
                 http=ports.claim(f"{path}.port", worker.host, worker.port),
                 bootstrap=ports.claim(f"{path}.bootstrap_port", worker.host, worker.bootstrap_port),
@@ -157,6 +178,8 @@ def claim_ports(fleet: Fleet, ports: PortPlan) -> FleetPorts:
                 events=ports.claim(path, "0.0.0.0", 0) if prefill else 0,
                 replay=ports.claim(path, "0.0.0.0", 0) if prefill else 0,
                 telemetry=ports.claim(path, LOOPBACK, 0),
+                state_events=ports.claim(path, worker.host, 0) if stateful else 0,
+                state_replay=ports.claim(path, worker.host, 0) if stateful else 0,
             )
     cache, router = fleet.cache_service, fleet.router
     return FleetPorts(
@@ -171,7 +194,7 @@ def build(fleet: Fleet, model: Path, run_dir: Path, ports: FleetPorts) -> Plan:
     """Describe every process. Raises ConfigError for a model folder that holds none."""
     pairs = fleet.workers()
     services = (
-        _cache_service(fleet, pairs, ports, run_dir),
+        _cache_service(fleet, model, pairs, ports, run_dir),
         _router(fleet, model, pairs, ports, run_dir),
     )
     return Plan(
@@ -227,6 +250,11 @@ def _engine(
             "peer_sites": fleet.peer_sites(worker.role),
             **fleet.transfer.worker_options(site.name, run_dir / CERTIFICATES),
         }
+        if worker.role == "prefill":
+            config["state_events"] = {
+                "endpoint": f"tcp://{worker.host}:{ports.state_events}",
+                "replay_endpoint": f"tcp://{worker.host}:{ports.state_replay}",
+            }
         name = f"{worker.name}.transfer.json"
         files[name] = json.dumps(config, indent=1)
         env["PRFAAS_CONFIG"] = f"@{run_dir / name}"
@@ -242,8 +270,25 @@ def _engine(
     )
 
 
+def _streams(fleet: Fleet, model: Path, worker: Worker, ports: FleetPorts) -> dict[str, Any]:
+    """Say where the cache service reads a worker's events; stock ones do not tell what the model needs."""
+    mine = ports.workers[worker.name]
+    if fleet.transfer.backend == "prfaas":
+        events, replay, more = mine.state_events, mine.state_replay, {"format": "prfaas"}
+    else:
+        window = sliding_window(model)
+        events, replay = mine.events, mine.replay
+        more = {
+            "topic": "kv",
+            "needs_state": has_linear_state(model),
+            "swa_window_blocks": -(-window // fleet.engine.page_size),
+        }
+    return {"events": f"tcp://{worker.host}:{events}", "replay": f"tcp://{worker.host}:{replay}", **more}
+
+
 def _cache_service(
     fleet: Fleet,
+    model: Path,
     pairs: list[tuple[Site, Worker]],
     ports: FleetPorts,
     run_dir: Path,
@@ -259,9 +304,7 @@ def _cache_service(
                 "worker_id": worker.name,
                 "site": site.name,
                 "dp_rank": 0,
-                "events": f"tcp://{worker.host}:{ports.workers[worker.name].events}",
-                "replay": f"tcp://{worker.host}:{ports.workers[worker.name].replay}",
-                "topic": "kv",
+                **_streams(fleet, model, worker, ports),
             }
             for site, worker in pairs
             if worker.role == "prefill"

@@ -44,7 +44,7 @@ ONLY_IN = {
     "transformers": ("prfaas_sglang/cpu",),
     "sgl_kernel": ("prfaas_sglang/cpu",),
     "grpc": ("cache_service",),
-    "zmq": ("cache_service",),
+    "zmq": ("cache_service", "prfaas_sglang/engine/state_publisher.py"),
     "aiohttp": ("router", "cache_service/http.py", "prfaas_sglang/fleet"),
     "cryptography": ("prfaas_sglang/fleet",),
     "rich": ("prfaas_sglang/fleet", "prfaas_sglang/cli.py"),

@@ -273,14 +273,16 @@ def test_specs_wire_the_parts_together(tmp_path: Path) -> None:
     worker = next(w for w in router["workers"] if w["worker_id"] == "a-p")
     assert worker["bootstrap_port"] == int(argv["--disaggregation-bootstrap-port"])
     assert worker["url"].endswith(argv["--port"])
-    events = json.loads(argv["--kv-events-config"])
     source = next(w for w in cache["workers"] if w["worker_id"] == "a-p")
-    assert events["endpoint"].rpartition(":")[2] == source["events"].rpartition(":")[2]
+    assert "--kv-events-config" in argv
     assert argv["--mamba-radix-cache-strategy"] == "extra_buffer"
     assert "--kv-events-config" not in by_name["b-d"].argv
     assert by_name["a-p"].env["PRFAAS_CONFIG"] == f"@{tmp_path / 'a-p.transfer.json'}"
     transfer = json.loads(by_name["a-p"].files["a-p.transfer.json"])
     assert (transfer["worker_id"], transfer["site"], transfer["connections"]) == ("a-p", "A", 7)
+    streams = transfer["state_events"]
+    assert [source["format"], source["events"], source["replay"]] == ["prfaas", *streams.values()]
+    assert "needs_state" not in source
     assert transfer["tls"] == {
         "ca": str(tmp_path / "certificates" / "ca.pem"),
         "cert": str(tmp_path / "certificates" / "A.pem"),
@@ -289,6 +291,27 @@ def test_specs_wire_the_parts_together(tmp_path: Path) -> None:
     assert (transfer["peer_sites"], "insecure" in transfer) == (["B"], False)
     decode = json.loads(by_name["b-d"].files["b-d.transfer.json"])
     assert decode["peer_sites"] == ["A", "B"]
+    assert "state_events" not in decode
+
+
+def test_stock_events_are_followed_without_our_backend(tmp_path: Path) -> None:
+    """Another backend's workers publish SGLang's events only; the service is told what the model needs."""
+    layers = ["linear_attention", "sliding_attention", "full_attention"]
+    (tmp_path / "config.json").write_text(json.dumps({"layer_types": layers, "sliding_window": 130}))
+    fleet = config.parse(SMALL.replace("{tls: auto}", "{backend: mooncake_tcp, insecure: true}"))
+    plan = specs.build(fleet, tmp_path, tmp_path, specs.claim_ports(fleet, PortPlan()))
+    (cache,) = (json.loads(s.files["cache_service.json"]) for s in plan.services if s.name == "cache-service")
+    source = next(w for w in cache["workers"] if w["worker_id"] == "a-p")
+    (argv,) = (spec.argv for spec in plan.engines if spec.name == "a-p")
+    events = json.loads(argv[argv.index("--kv-events-config") + 1])
+    assert events["endpoint"].rpartition(":")[2] == source["events"].rpartition(":")[2]
+    assert events["replay_endpoint"].rpartition(":")[2] == source["replay"].rpartition(":")[2]
+    window_blocks = -(-130 // fleet.engine.page_size)
+    assert (source["topic"], source["needs_state"], source["swa_window_blocks"]) == (
+        "kv",
+        True,
+        window_blocks,
+    )
 
 
 def test_every_generated_worker_configuration_is_accepted(tmp_path: Path) -> None:
