@@ -82,14 +82,14 @@ class HotHeld:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """A page of a dump or an event of a watch: changes with their stride, and where they lead.
+    """A page of a dump or an event of a watch: changes, and where they lead.
 
     `last` and `entries` are a dump page's.
     """
 
     life: int
     revision: int
-    changes: tuple[tuple[int, Change], ...]
+    changes: tuple[Change, ...]
     last: bool = False
     entries: int = 0
 
@@ -254,7 +254,7 @@ def decode_dump_request(message: pb.DumpRequest) -> tuple[Namespace, int]:
 
 def encode_page(page: Changes) -> pb.DumpPage:
     """Build a DumpPage."""
-    changes = [_encode_change(stride, change) for stride, change in page.changes]
+    changes = list(map(_encode_change, page.changes))
     return pb.DumpPage(
         life=page.life, revision=page.revision, changes=changes, last=page.last, entries=page.entries
     )
@@ -280,7 +280,7 @@ def decode_watch_request(message: pb.WatchRequest) -> tuple[Namespace, int, int]
 
 def encode_event(event: Changes) -> pb.WatchEvent:
     """Build a WatchEvent."""
-    changes = [_encode_change(stride, change) for stride, change in event.changes]
+    changes = list(map(_encode_change, event.changes))
     return pb.WatchEvent(life=event.life, revision=event.revision, changes=changes)
 
 
@@ -325,9 +325,9 @@ def _namespace(
     return read_namespace(message.namespace)
 
 
-def _encode_change(stride: int, change: Change) -> pb.Change:
+def _encode_change(change: Change) -> pb.Change:
     source, event = change
-    message = pb.Change(worker_id=source.worker_id, dp_rank=source.dp_rank, stride=stride)
+    message = pb.Change(worker_id=source.worker_id, dp_rank=source.dp_rank)
     if isinstance(event, AllCleared):
         message.kind = pb.CHANGE_KIND_CLEARED
         return message
@@ -341,9 +341,9 @@ def _encode_change(stride: int, change: Change) -> pb.Change:
     return message
 
 
-def _decode_change(message: pb.Change) -> tuple[int, Change]:
+def _decode_change(message: pb.Change) -> Change:
     source = SourceId(WorkerId(message.worker_id), message.dp_rank)
-    return message.stride, (source, _decode_event(message))
+    return source, _decode_event(message)
 
 
 def _decode_event(message: pb.Change) -> Event:

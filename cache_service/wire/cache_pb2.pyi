@@ -235,7 +235,7 @@ class WatchEvent(_message.Message):
     def __init__(self, life: _Optional[int] = ..., revision: _Optional[int] = ..., changes: _Optional[_Iterable[_Union[Change, _Mapping]]] = ...) -> None: ...
 
 class Change(_message.Message):
-    __slots__ = ("worker_id", "dp_rank", "kind", "group", "tier", "parent", "hashes", "stride")
+    __slots__ = ("worker_id", "dp_rank", "kind", "group", "tier", "parent", "hashes")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     DP_RANK_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -243,7 +243,6 @@ class Change(_message.Message):
     TIER_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     HASHES_FIELD_NUMBER: _ClassVar[int]
-    STRIDE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     dp_rank: int
     kind: ChangeKind
@@ -251,8 +250,7 @@ class Change(_message.Message):
     tier: Tier
     parent: int
     hashes: _containers.RepeatedScalarFieldContainer[int]
-    stride: int
-    def __init__(self, worker_id: _Optional[str] = ..., dp_rank: _Optional[int] = ..., kind: _Optional[_Union[ChangeKind, str]] = ..., group: _Optional[_Union[Group, str]] = ..., tier: _Optional[_Union[Tier, str]] = ..., parent: _Optional[int] = ..., hashes: _Optional[_Iterable[int]] = ..., stride: _Optional[int] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., dp_rank: _Optional[int] = ..., kind: _Optional[_Union[ChangeKind, str]] = ..., group: _Optional[_Union[Group, str]] = ..., tier: _Optional[_Union[Tier, str]] = ..., parent: _Optional[int] = ..., hashes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CheckRequest(_message.Message):
     __slots__ = ("namespace",)

@@ -111,14 +111,15 @@ class PrefixIndexServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Dump(self, request, context):
-        """The whole index in pages, as of one revision. Apply every page to an empty index to have the same.
+        """What the workers that this service follows hold (not what other sites published), in pages, as of one
+        revision. Apply every page to an empty index to have the same. At most 2 at a time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """What changed behind `revision` of `life`, then what changes; for ever. OUT_OF_RANGE: that revision is of
+        """What changed of the same behind `revision` of `life`, then what changes; for ever. OUT_OF_RANGE: that revision is of
         another life or no longer remembered, or this client is too slow; start over from Dump.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
