@@ -175,7 +175,7 @@ async def _found(service: Service, what: Any) -> None:
 
 
 async def _open_loop(service: Service, prompts: list[Any], seconds: float) -> Latency:
-    """Ask at RATE whatever the answers do; a thread keeps the time, since a loop's timers count milliseconds."""
+    """Ask at RATE whatever the answers do; a thread keeps time, since a loop's timers count milliseconds."""
     loop = asyncio.get_running_loop()
     number = int(RATE * seconds)
     took: list[float] = []

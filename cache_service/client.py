@@ -93,6 +93,11 @@ class IndexClient:
         self.unavailable: Counter[str] = Counter()
         self.failovers = 0
 
+    @property
+    def healthy(self) -> int:
+        """Services that would be asked now."""
+        return len(self._endpoints) - self._endpoints.broken
+
     async def match(
         self, namespace: Namespace, hashes: Sequence[BlockHash], total_tokens: int
     ) -> MatchResult:

@@ -117,7 +117,8 @@ class Dynamo:
         async with self._session.post(f"{self._url}/query_by_hash", json=body) as answer:
             assert answer.status == 200, await answer.text()
             said = await answer.json()
-        return max((blocks for ranks in said["scores"].values() for blocks in ranks.values()), default=0)
+        tokens = max((held for ranks in said["scores"].values() for held in ranks.values()), default=0)
+        return int(tokens) // PAGE
 
     async def stop(self) -> None:
         """End the process."""

@@ -44,6 +44,11 @@ class Endpoints:
     def __len__(self) -> int:
         return len(self._circuits)
 
+    @property
+    def broken(self) -> int:
+        """How many have an open circuit."""
+        return sum(1 for circuit in self._circuits.values() if circuit.failures)
+
     def pick(self, tried: Collection[str]) -> str | None:
         """Return whom to ask: the last one that answered, else the first with a closed circuit."""
         if self._preferred is not None and self._preferred not in tried:
