@@ -1,18 +1,16 @@
 """gRPC channels and listening ports, encrypted or not: one rule for every side.
 
-Decides when plain TCP is allowed (loopback, or when it is said) and what certificate a peer must have: one of
-the same authority, both ways. It must not know what is asked over a channel.
+Decides what certificate a peer must have: one of the same authority, both ways. It must not know what is
+asked over a channel, nor when plain TCP is allowed (core/addresses.py).
 """
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 
-from cache_service.core.addresses import split_address
 from cache_service.core.errors import ConfigError
 from cache_service.wire.codec import MAX_MESSAGE_BYTES
 
@@ -65,25 +63,6 @@ class Encryption:
                 raise ConfigError(f"tls.{field}: {path} is not a PEM file")
             found.append(data)
         return found[0], found[1], found[2]
-
-
-def check_plain(field: str, address: str, *, tls: bool, insecure: bool) -> None:
-    """Raise ConfigError unless `address` is loopback, or exactly one of `tls` and `insecure` is given."""
-    if tls and insecure:
-        raise ConfigError(f"{field}: both tls and insecure: true are given; give one")
-    if not tls and not insecure and not is_loopback(split_address(address, field=field)[0]):
-        raise ConfigError(
-            f"{field}: {address} is not loopback: give tls {{ca, cert, key}}, or insecure: true, which lets "
-            "anyone on the way read and answer"
-        )
-
-
-def is_loopback(host: str) -> bool:
-    """Say whether a host is this machine's loopback, by its form alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def open_channel(address: str, encryption: Encryption | None, *, name: str = "") -> grpc.aio.Channel:

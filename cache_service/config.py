@@ -12,7 +12,8 @@ from pathlib import Path
 import msgspec
 import yaml
 
-from cache_service.core.addresses import split_address
+from cache_service.channels import Encryption
+from cache_service.core.addresses import check_plain, split_address
 from cache_service.core.errors import ConfigError
 from cache_service.core.ids import Namespace, SiteId, SourceId, WorkerId, parse_name
 from cache_service.core.publish import PublishPolicy
@@ -138,12 +139,19 @@ class ReplicationConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True)
 
 
 class CacheConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The whole file."""
+    """The whole file.
+
+    Attributes:
+        tls: mutual TLS on `listen`; clients need a certificate of the same authority.
+        insecure: plain TCP on `listen` although it is not loopback.
+    """
 
     site: str
     listen: str
     namespace: NamespaceConfig
     workers: list[WorkerConfig] = []
+    tls: TlsFiles | None = None
+    insecure: bool = False
     metrics_listen: str | None = None
     ingest: IngestConfig = IngestConfig()
     replication: ReplicationConfig | None = None
@@ -154,6 +162,10 @@ class CacheConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         """The namespace as the core names it."""
         n = self.namespace
         return Namespace(n.model, n.page_size, n.revision, n.kv_dtype, n.layout)
+
+    def encryption(self) -> Encryption | None:
+        """What `listen` is encrypted with."""
+        return Encryption(self.tls.ca, self.tls.cert, self.tls.key) if self.tls else None
 
     def sites(self) -> dict[SourceId, SiteId]:
         """The site of every event stream."""
@@ -188,7 +200,14 @@ def parse(text: str) -> CacheConfig:
 
 def _check(config: CacheConfig) -> None:
     parse_name(config.site, field="site")
-    split_address(config.listen, field="listen")
+    check_plain("listen", config.listen, tls=config.tls is not None, insecure=config.insecure)
+    if config.tls is not None and config.replication is not None and config.replication.peers is not None:
+        raise ConfigError(
+            "tls: peer streams of replication.peers are plain TCP and cannot reach a service with tls; "
+            "replicate over etcd, or give insecure: true inside a tunnel"
+        )
+    if (encryption := config.encryption()) is not None:
+        encryption.server()
     if config.metrics_listen is not None:
         split_address(config.metrics_listen, field="metrics_listen")
         if config.metrics_listen == config.listen and not config.listen.endswith(":0"):

@@ -136,8 +136,13 @@ class CacheServer:
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         host, port = split_address(self._config.listen, field="listen")
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        encryption = self._config.encryption()
         try:
-            self.port = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+            if encryption is None:
+                self.port = server.add_insecure_port(address)
+            else:
+                self.port = server.add_secure_port(address, encryption.server())
         except RuntimeError as error:
             raise ConfigError(
                 f"listen: cannot listen on {self._config.listen}: the port is in use, or no address of ours"

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from cache_service.admin import IndexAdmin, verify
-from cache_service.channels import Encryption, check_plain
+from cache_service.channels import Encryption
+from cache_service.core.addresses import check_plain
 from cache_service.core.blocks import block_hashes, event_namespace_seed
 from cache_service.core.errors import ConfigError, RemoteProtocolError
 from cache_service.core.events import BlocksStored, GroupStored
