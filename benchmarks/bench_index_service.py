@@ -106,7 +106,10 @@ async def _ingest(prompts: int, rounds: int) -> list[Row]:
         await asyncio.to_thread(send)
         for last in batches[-len(publishers) :]:
             await _found(service, last)
-        return prompts * BLOCKS / (time.perf_counter() - started_s)
+        took_s = time.perf_counter() - started_s
+        for one in batches[:: max(1, prompts // 100)]:
+            assert await service.matched(one) == BLOCKS, "a batch was lost"
+        return prompts * BLOCKS / took_s
 
     ours, theirs, why = await _alternate(measure, rounds, workers=WORKERS)
     return [

@@ -66,10 +66,20 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = config.load(arguments.config)
         logs.configure("cache_service", level=arguments.log_level or settings.log_level)
-        return asyncio.run(_serve(settings))
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(_serve(settings))
     except ConfigError as error:
         sys.stderr.write(f"cache_service: {error}\n")
         return 2
+
+
+def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+    """Return uvloop's loop where it is installed, None for the standard one."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.Loop
 
 
 async def _serve(settings: config.CacheConfig) -> int:

@@ -30,6 +30,7 @@ from cache_service.core.endpoints import Endpoints
 from cache_service.core.errors import ConfigError, IndexUnavailable, RemoteProtocolError
 from cache_service.core.ids import BlockHash, Namespace
 from cache_service.core.query import Holder, MatchResult
+from cache_service.direct import DirectClient, DirectLost
 from cache_service.wire import api_codec, cache_pb2_grpc, codec
 
 __all__ = ["Holder", "IndexClient", "MatchResult"]
@@ -51,6 +52,7 @@ _FINAL = frozenset(["unknown_namespace", "invalid_query", "too_large"])
 _PROBE_TIMEOUT_S = 1.0
 #: A name is resolved again after so long.
 _RESOLVE_S = 30.0
+_DIRECT_RETRY_S = 0.5
 MAX_ADDRESSES = 64
 
 Answer = TypeVar("Answer")
@@ -106,8 +108,17 @@ class IndexClient:
         Raises LocalProtocolError for a value that does not fit the message, nothing for the index's state.
         """
         request = codec.encode_query(namespace, hashes, total_tokens)
-        response = await self._ask(lambda stub, timeout_s: stub.Match(request, timeout=timeout_s))
-        return response if isinstance(response, MatchResult) else codec.decode_result(response)
+
+        async def call(to: _Connection, timeout_s: float) -> MatchResult:
+            direct = to.direct
+            if direct is None or not direct.usable:
+                return codec.decode_result(await to.stub.Match(request, timeout=timeout_s))
+            status, answer = await direct.ask(request.SerializeToString(), timeout_s)
+            if status:
+                raise _Refused(_REFUSALS.get(status, "error"), answer.decode(errors="replace"))
+            return codec.read_result(answer)
+
+        return await self._ask(call)
 
     async def match_many(
         self, queries: Sequence[tuple[Namespace, Sequence[BlockHash], int]]
@@ -116,7 +127,7 @@ class IndexClient:
         if not queries:
             return []
         request = api_codec.encode_batch(queries)
-        response = await self._ask(lambda stub, timeout_s: stub.MatchBatch(request, timeout=timeout_s))
+        response = await self._ask(lambda to, left_s: to.stub.MatchBatch(request, timeout=left_s))
         if isinstance(response, MatchResult):
             return [response] * len(queries)
         try:
@@ -127,7 +138,7 @@ class IndexClient:
     async def stats(self, *, timeout_s: float = 5.0) -> codec.Stats:
         """Ask what one of the services holds and how its streams are doing. Raises IndexUnavailable."""
         request = codec.encode_stats_request()
-        response = await self._ask(lambda stub, left_s: stub.Stats(request, timeout=left_s), timeout_s)
+        response = await self._ask(lambda to, left_s: to.stub.Stats(request, timeout=left_s), timeout_s)
         if isinstance(response, MatchResult):
             raise IndexUnavailable(f"index at {', '.join(self._names)}: {response.reason}")
         try:
@@ -141,13 +152,13 @@ class IndexClient:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(connection.channel.close(None) for connection in self._open.values()))
+        await asyncio.gather(*(connection.close(None) for connection in self._open.values()))
         await asyncio.gather(*self._closing)
 
     # -- attempts --------------------------------------------------------------------------------------------
 
     async def _ask(
-        self, call: Callable[[Any, float], Awaitable[Answer]], timeout_s: float | None = None
+        self, call: Callable[[_Connection, float], Awaitable[Answer]], timeout_s: float | None = None
     ) -> Answer | MatchResult:
         """Ask one service after the other until one answers or the time is up."""
         loop = asyncio.get_running_loop()
@@ -170,9 +181,9 @@ class IndexClient:
             # A silent service must leave time for another one.
             spare = self._endpoints.pick(tried) is not None
             try:
-                answer = await call(self._stub(address), left_s / 2 if spare else left_s)
-            except grpc.aio.AioRpcError as error:
-                failure = _Failure(REASONS.get(error.code(), "error"), error.details() or "")
+                answer = await call(self._connection(address), left_s / 2 if spare else left_s)
+            except (grpc.aio.AioRpcError, DirectLost, _Refused, RemoteProtocolError) as error:
+                failure = _failure(error)
                 if failure.reason in _FINAL:
                     self._endpoints.answered(address)
                     break
@@ -183,14 +194,11 @@ class IndexClient:
             return answer
         return self._unavailable(failure)
 
-    def _stub(self, address: str) -> Any:
-        return self._connection(address).stub
-
     def _connection(self, address: str) -> _Connection:
         connection = self._open.get(address)
         if connection is None:
             name = self._hosts.get(address, "")
-            connection = _Connection(open_channel(address, self._encryption, name=name))
+            connection = _Connection(address, open_channel(address, self._encryption, name=name))
             self._open[address] = connection
         return connection
 
@@ -242,7 +250,7 @@ class IndexClient:
     def _drop(self, address: str) -> None:
         connection = self._open.pop(address, None)
         if connection is not None:
-            closing = asyncio.get_running_loop().create_task(connection.channel.close(self._timeout_s))
+            closing = asyncio.get_running_loop().create_task(connection.close(self._timeout_s))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
 
@@ -271,10 +279,60 @@ class _Failure:
     details: str
 
 
-class _Connection:
-    """One service's channel and stubs."""
+class _Refused(Exception):
+    """A direct answer that is a refusal."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        self.channel = channel
+    def __init__(self, reason: str, details: str) -> None:
+        super().__init__(details)
+        self.reason = reason
+
+
+#: gRPC's status numbers, as direct answers carry them.
+_REFUSALS = {code.value[0]: reason for code, reason in REASONS.items()}
+
+
+def _failure(error: Exception) -> _Failure:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return _Failure(REASONS.get(error.code(), "error"), error.details() or "")
+    if isinstance(error, DirectLost):
+        return _Failure("deadline" if error.late else "unreachable", str(error))
+    return _Failure(error.reason if isinstance(error, _Refused) else "error", str(error))
+
+
+class _Connection:
+    """One service's channel and stubs, and the direct connection for Match as long as there is one."""
+
+    def __init__(self, address: str, channel: grpc.aio.Channel) -> None:
+        self._address = address
+        self._channel = channel
         self.stub: Any = cache_pb2_grpc.PrefixIndexStub(channel)  # type: ignore[no-untyped-call]
         self.health: Any = health_pb2_grpc.HealthStub(channel)
+        self.direct: DirectClient | None = None
+        self._opening = asyncio.get_running_loop().create_task(self._keep_direct(), name="index direct")
+
+    async def close(self, grace_s: float | None) -> None:
+        """End both; calls in flight fail."""
+        self._opening.cancel()
+        await asyncio.gather(self._opening, return_exceptions=True)
+        if self.direct is not None:
+            self.direct.close()
+        await self._channel.close(grace_s)
+
+    async def _keep_direct(self) -> None:
+        """Ask the service for its port and stay connected to it, for as long as it has one."""
+        host, _ = split_address(self._address, field="index")
+        while True:
+            try:
+                stats = await self.stub.Stats(
+                    codec.encode_stats_request(), timeout=_PROBE_TIMEOUT_S, wait_for_ready=True
+                )
+                port = codec.decode_stats(stats).direct_port
+                if port:
+                    self.direct = await DirectClient.open(host, port, _PROBE_TIMEOUT_S)
+                    await self.direct.lost
+                    self.direct = None
+                else:
+                    await asyncio.sleep(_RESOLVE_S)  # a newer release may serve it
+            except (grpc.aio.AioRpcError, RemoteProtocolError, OSError, TimeoutError):
+                self.direct = None
+            await asyncio.sleep(_DIRECT_RETRY_S)

@@ -21,6 +21,7 @@ from cache_service.config import CacheConfig
 from cache_service.core.addresses import split_address
 from cache_service.core.errors import ConfigError, PrfaasError
 from cache_service.core.ids import SiteId
+from cache_service.direct import DirectServer
 from cache_service.etcd.core.retry import backoff_s
 from cache_service.http import HttpSide
 from cache_service.ingest import SourceStream
@@ -70,6 +71,7 @@ class CacheServer:
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._context: zmq.asyncio.Context | None = None
         self._http: HttpSide | None = None
+        self._direct: DirectServer | None = None
         #: Whether a task of ours ended by itself.
         self.failed = False
         self._on_failure: Callable[[], None] = lambda: None
@@ -84,6 +86,9 @@ class CacheServer:
             host, port = split_address(self._config.metrics_listen, field="metrics_listen")
             self._http = await HttpSide.listen(host, port, self._registry, self.health)
             self.metrics_port = self._http.port
+        if (direct := self._config.direct_address()) is not None:
+            self._direct = DirectServer(self._service.match_bytes)
+            await self._direct.listen(*direct)
         self._context = zmq.asyncio.Context()
         for worker in self._config.workers:
             stream = SourceStream(self._context, worker, self._config.ingest, self.state)
@@ -101,6 +106,8 @@ class CacheServer:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         if self._server is not None:
             await self._server.stop(_GRACE_S)
+        if self._direct is not None:
+            await self._direct.stop()
         if self._http is not None:
             await self._http.stop()
         for task in self._tasks:
@@ -167,6 +174,7 @@ class CacheServer:
             evicted_blocks=self.state.index.evicted_blocks,
             bytes_estimate=self.state.index.bytes_estimate,
             watchers=self._service.watchers,
+            direct_port=self._direct.port if self._direct else 0,
         )
 
     def health(self) -> dict[str, object]:

@@ -79,6 +79,21 @@ class PrefixIndexService(cache_pb2_grpc.PrefixIndexServicer):
         self._matched([query], [holders], started_s)
         return response
 
+    def match_bytes(self, question: bytes) -> tuple[int, bytes]:
+        """Answer the bytes of a MatchRequest: gRPC's status number, and the answer or what is wrong."""
+        started_s = time.perf_counter()
+        try:
+            query = codec.read_query(question)
+            holders = self._state.answer(query)
+        except (RemoteProtocolError, UnknownNamespace) as error:
+            status, outcome = _STATUS[type(error)]
+            self._state.metrics.match(outcome, time.perf_counter() - started_s, 0, 0)
+            number: int = status.value[0]
+            return number, str(error).encode()
+        response = codec.encode_result(holders, self._state.index.revision)
+        self._matched([query], [holders], started_s)
+        return 0, response.SerializeToString()
+
     async def MatchBatch(self, request: Any, context: Any) -> Any:
         """Answer several queries as of one revision."""
         started_s = time.perf_counter()

@@ -277,7 +277,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatsResponse(_message.Message):
-    __slots__ = ("site", "namespace", "blocks", "entries", "orphans", "revision", "log_bytes", "log_segments", "sources", "life", "group_entries", "evicted_blocks", "bytes_estimate", "watchers")
+    __slots__ = ("site", "namespace", "blocks", "entries", "orphans", "revision", "log_bytes", "log_segments", "sources", "life", "group_entries", "evicted_blocks", "bytes_estimate", "watchers", "direct_port")
     SITE_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -292,6 +292,7 @@ class StatsResponse(_message.Message):
     EVICTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BYTES_ESTIMATE_FIELD_NUMBER: _ClassVar[int]
     WATCHERS_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_PORT_FIELD_NUMBER: _ClassVar[int]
     site: str
     namespace: Namespace
     blocks: int
@@ -306,7 +307,8 @@ class StatsResponse(_message.Message):
     evicted_blocks: int
     bytes_estimate: int
     watchers: int
-    def __init__(self, site: _Optional[str] = ..., namespace: _Optional[_Union[Namespace, _Mapping]] = ..., blocks: _Optional[int] = ..., entries: _Optional[int] = ..., orphans: _Optional[int] = ..., revision: _Optional[int] = ..., log_bytes: _Optional[int] = ..., log_segments: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[Source, _Mapping]]] = ..., life: _Optional[int] = ..., group_entries: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., bytes_estimate: _Optional[int] = ..., watchers: _Optional[int] = ...) -> None: ...
+    direct_port: int
+    def __init__(self, site: _Optional[str] = ..., namespace: _Optional[_Union[Namespace, _Mapping]] = ..., blocks: _Optional[int] = ..., entries: _Optional[int] = ..., orphans: _Optional[int] = ..., revision: _Optional[int] = ..., log_bytes: _Optional[int] = ..., log_segments: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[Source, _Mapping]]] = ..., life: _Optional[int] = ..., group_entries: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., bytes_estimate: _Optional[int] = ..., watchers: _Optional[int] = ..., direct_port: _Optional[int] = ...) -> None: ...
 
 class Source(_message.Message):
     __slots__ = ("worker_id", "site", "dp_rank", "state", "next_seq", "entries", "truncated", "counts")

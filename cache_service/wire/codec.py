@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from google.protobuf.message import DecodeError
+
 from cache_service.core.errors import ConfigError, LocalProtocolError, RemoteProtocolError
 from cache_service.core.ids import BlockHash, Namespace, SiteId, SourceId, WorkerId
 from cache_service.core.index import IndexCounts
@@ -58,6 +60,7 @@ class Stats:
     evicted_blocks: int = 0
     bytes_estimate: int = 0
     watchers: int = 0
+    direct_port: int = 0
 
 
 def encode_query(namespace: Namespace, hashes: Sequence[BlockHash], total_tokens: int) -> pb.MatchRequest:
@@ -68,6 +71,23 @@ def encode_query(namespace: Namespace, hashes: Sequence[BlockHash], total_tokens
         )
     except (ValueError, TypeError) as error:
         raise LocalProtocolError(f"match request: {error}") from error
+
+
+def read_query(data: bytes) -> Query:
+    """Read the bytes of a MatchRequest; raises RemoteProtocolError naming the field."""
+    try:
+        message = pb.MatchRequest.FromString(data)
+    except DecodeError as error:
+        raise RemoteProtocolError(f"match request: {error}") from error
+    return decode_query(message)
+
+
+def read_result(data: bytes) -> MatchResult:
+    """Read the bytes of a MatchResponse; raises RemoteProtocolError when they are none."""
+    try:
+        return decode_result(pb.MatchResponse.FromString(data))
+    except DecodeError as error:
+        raise RemoteProtocolError(f"match response: {error}") from error
 
 
 def decode_query(message: pb.MatchRequest) -> Query:
@@ -129,6 +149,7 @@ def encode_stats(stats: Stats) -> pb.StatsResponse:
         evicted_blocks=stats.evicted_blocks,
         bytes_estimate=stats.bytes_estimate,
         watchers=stats.watchers,
+        direct_port=stats.direct_port,
         sources=[
             pb.Source(
                 worker_id=source.source.worker_id,
@@ -178,6 +199,7 @@ def decode_stats(message: pb.StatsResponse) -> Stats:
         message.evicted_blocks,
         message.bytes_estimate,
         message.watchers,
+        message.direct_port,
     )
 
 
