@@ -39,6 +39,9 @@ The configuration file is JSON or YAML:
 On the worker (SGLang 0.5.21; the endpoint must be a wildcard, or SGLang connects instead of binding):
   --kv-events-config '{"publisher":"zmq","endpoint":"tcp://*:5557","replay_endpoint":"tcp://*:5558","topic":"kv"}'
 
+`listen` beyond loopback needs  tls: {ca: ca.pem, cert: B.pem, key: B.key}  (`prfaas certs` makes them;
+clients then need a certificate of the same authority), or  insecure: true.
+
 Optional: ingest: {probe_s: 2, replay_timeout_s: 2, lease_s: 10, queue_batches: 10000}, log_flush_s: 0.1,
 log_level: INFO, replication: {etcd: {endpoints: [etcd-1:2379]}} (docs/configuration.md), and in namespace:
 revision, kv_dtype, layout.
@@ -63,10 +66,20 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = config.load(arguments.config)
         logs.configure("cache_service", level=arguments.log_level or settings.log_level)
-        return asyncio.run(_serve(settings))
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(_serve(settings))
     except ConfigError as error:
         sys.stderr.write(f"cache_service: {error}\n")
         return 2
+
+
+def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+    """Return uvloop's loop where it is installed, None for the standard one."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.Loop
 
 
 async def _serve(settings: config.CacheConfig) -> int:

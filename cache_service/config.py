@@ -12,7 +12,8 @@ from pathlib import Path
 import msgspec
 import yaml
 
-from cache_service.core.addresses import split_address
+from cache_service.channels import Encryption
+from cache_service.core.addresses import check_plain, is_loopback, split_address
 from cache_service.core.errors import ConfigError
 from cache_service.core.ids import Namespace, SiteId, SourceId, WorkerId, parse_name
 from cache_service.core.publish import PublishPolicy
@@ -151,12 +152,22 @@ class ReplicationConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True)
 
 
 class CacheConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The whole file."""
+    """The whole file.
+
+    Attributes:
+        tls: mutual TLS on `listen`; clients need a certificate of the same authority.
+        insecure: plain TCP on `listen` although it is not loopback.
+        direct_listen: Match without gRPC, plain TCP, on the host of `listen`; "" for any port of loopback,
+            nothing elsewhere or with `tls`; "off" for nothing.
+    """
 
     site: str
     listen: str
     namespace: NamespaceConfig
     workers: list[WorkerConfig] = []
+    tls: TlsFiles | None = None
+    insecure: bool = False
+    direct_listen: str = ""
     metrics_listen: str | None = None
     ingest: IngestConfig = IngestConfig()
     replication: ReplicationConfig | None = None
@@ -167,6 +178,19 @@ class CacheConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         """The namespace as the core names it."""
         n = self.namespace
         return Namespace(n.model, n.page_size, n.revision, n.kv_dtype, n.layout)
+
+    def direct_address(self) -> tuple[str, int] | None:
+        """Where Match is answered without gRPC, None for nowhere."""
+        if self.direct_listen == "off" or self.tls is not None:
+            return None
+        if self.direct_listen:
+            return split_address(self.direct_listen, field="direct_listen")
+        host, _ = split_address(self.listen, field="listen")
+        return (host, 0) if is_loopback(host) else None
+
+    def encryption(self) -> Encryption | None:
+        """What `listen` is encrypted with."""
+        return Encryption(self.tls.ca, self.tls.cert, self.tls.key) if self.tls else None
 
     def sites(self) -> dict[SourceId, SiteId]:
         """The site of every event stream."""
@@ -201,7 +225,18 @@ def parse(text: str) -> CacheConfig:
 
 def _check(config: CacheConfig) -> None:
     parse_name(config.site, field="site")
-    split_address(config.listen, field="listen")
+    check_plain("listen", config.listen, tls=config.tls is not None, insecure=config.insecure)
+    if config.direct_listen not in ("", "off"):
+        if config.tls is not None:
+            raise ConfigError("direct_listen: is plain TCP; leave it out, or give it without tls")
+        check_plain("direct_listen", config.direct_listen, tls=False, insecure=config.insecure)
+    if config.tls is not None and config.replication is not None and config.replication.peers is not None:
+        raise ConfigError(
+            "tls: peer streams of replication.peers are plain TCP and cannot reach a service with tls; "
+            "replicate over etcd, or give insecure: true inside a tunnel"
+        )
+    if (encryption := config.encryption()) is not None:
+        encryption.server()
     if config.metrics_listen is not None:
         split_address(config.metrics_listen, field="metrics_listen")
         if config.metrics_listen == config.listen and not config.listen.endswith(":0"):

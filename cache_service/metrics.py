@@ -18,6 +18,8 @@ from cache_service.core.index import Applied, IndexCounts
 #: A match takes microseconds in the core and some hundreds through gRPC.
 _MATCH_BUCKETS_S = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)
 
+_CALL_BUCKETS_S = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+
 
 class Happening(Enum):
     """What can become of a batch, and what can befall an event stream: the closed set of label `kind`."""
@@ -58,6 +60,19 @@ class IndexMetrics:
             "Blocks of the deepest holder in each answer",
             registry=registry,
         )
+        self._calls = Counter(
+            "prfaas_index_calls_total",
+            "Calls other than Match and Stats",
+            ["method", "outcome"],
+            registry=registry,
+        )
+        self._call_seconds = Histogram(
+            "prfaas_index_call_seconds",
+            "Time inside the service per call other than Match and Stats",
+            ["method"],
+            buckets=_CALL_BUCKETS_S,
+            registry=registry,
+        )
         self._ingest = Counter(
             "prfaas_index_ingest_total",
             "Batches and incidents of the workers' event streams",
@@ -80,6 +95,11 @@ class IndexMetrics:
         self._match_seconds.observe(seconds)
         self._queried.inc(queried_blocks)
         self._matched.inc(matched_blocks)
+
+    def called(self, method: str, outcome: str, seconds: float) -> None:
+        """Count one other call; `outcome` is ok, invalid, unknown_namespace, busy or fell_behind."""
+        self._calls.labels(method, outcome).inc()
+        self._call_seconds.labels(method).observe(seconds)
 
     def happened(self, site: str, kind: Happening) -> None:
         """Count one batch or incident."""
@@ -109,6 +129,14 @@ class IndexMetrics:
             ("entries_count", "(block, holder, tier) entries", lambda: counts().entries),
             ("orphans_count", "Blocks held without their parent", lambda: counts().orphans),
             ("revision_count", "Changes of the index in this life of the service", revision),
+        ):
+            Gauge(f"prfaas_index_{name}", text, registry=self.registry).set_function(read)
+
+    def observe_following(self, watchers: Callable[[], int], hot: Callable[[], int]) -> None:
+        """Publish who follows the index and how many prefixes are counted, read when scraped."""
+        for name, text, read in (
+            ("watchers_count", "Clients that watch the index", watchers),
+            ("hot_tracked_count", "Prefixes whose uses are counted", hot),
         ):
             Gauge(f"prfaas_index_{name}", text, registry=self.registry).set_function(read)
 

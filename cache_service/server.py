@@ -1,14 +1,12 @@
-"""The cache service's gRPC side, and the process around it: decode, ask the core, encode.
+"""The process around the index: listening, event streams, replication, the delta log.
 
-Decides how an error becomes a gRPC status (one table, `_STATUS`) and in which order things start and stop. It
-must not decide what matches.
+Decides in which order things start and stop; the RPCs are service.py's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -21,8 +19,9 @@ from prometheus_client import CollectorRegistry
 from cache_service import logs
 from cache_service.config import CacheConfig
 from cache_service.core.addresses import split_address
-from cache_service.core.errors import ConfigError, PrfaasError, RemoteProtocolError
+from cache_service.core.errors import ConfigError, PrfaasError
 from cache_service.core.ids import SiteId
+from cache_service.direct import DirectServer
 from cache_service.etcd.core.retry import backoff_s
 from cache_service.http import HttpSide
 from cache_service.ingest import SourceStream
@@ -30,7 +29,8 @@ from cache_service.metrics import IndexMetrics
 from cache_service.replication.over_etcd import EtcdReplication
 from cache_service.replication.over_peers import PeerReplication
 from cache_service.replication.publisher import Publisher
-from cache_service.state import IndexState, UnknownNamespace
+from cache_service.service import PrefixIndexService
+from cache_service.state import IndexState
 from cache_service.store import DeltaLog, InProcessLog
 from cache_service.wire import cache_pb2_grpc, codec
 
@@ -38,44 +38,18 @@ log = logging.getLogger(__name__)
 
 SERVICE = "prfaas.cache.v1.PrefixIndex"
 _GRACE_S = 1.0
-_STATUS: dict[type[PrfaasError], tuple[grpc.StatusCode, str]] = {
-    RemoteProtocolError: (grpc.StatusCode.INVALID_ARGUMENT, "invalid"),
-    UnknownNamespace: (grpc.StatusCode.NOT_FOUND, "unknown_namespace"),
-}
 #: so_reuseport off: a second service on the same port fails instead of sharing its connections.
 _OPTIONS = [
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", codec.MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", codec.MAX_MESSAGE_BYTES),
     ("grpc.max_metadata_size", 16 * 1024),
+    # A client that vanished without closing does not watch for ever.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # The client's own keepalive (client.py) is every 10 s.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 ]
-
-
-class PrefixIndexService(cache_pb2_grpc.PrefixIndexServicer):
-    """The RPCs of cache.proto."""
-
-    def __init__(self, state: IndexState, stats: Callable[[], codec.Stats]) -> None:
-        self._state = state
-        self._stats = stats
-
-    async def Match(self, request: Any, context: Any) -> Any:
-        """Answer which workers hold how much of a prompt's prefix."""
-        started_s = time.perf_counter()
-        try:
-            query = codec.decode_query(request)
-            holders = self._state.answer(query)
-        except (RemoteProtocolError, UnknownNamespace) as error:
-            status, outcome = _STATUS[type(error)]
-            self._state.metrics.match(outcome, time.perf_counter() - started_s, 0, 0)
-            await context.abort(status, str(error))
-        matched = holders[0].matched_tokens // self._state.namespace.page_size if holders else 0
-        response = codec.encode_result(holders, self._state.index.revision)
-        self._state.metrics.match("ok", time.perf_counter() - started_s, len(query.hashes), matched)
-        return response
-
-    async def Stats(self, request: Any, context: Any) -> Any:
-        """Answer what the index holds and how each stream is doing."""
-        return codec.encode_stats(self._stats())
 
 
 class CacheServer:
@@ -87,6 +61,8 @@ class CacheServer:
         self.state = IndexState(
             config.key(), config.sites(), log_store or InProcessLog(), IndexMetrics(self._registry)
         )
+        self._service = PrefixIndexService(self.state, self.stats)
+        self.state.metrics.observe_following(lambda: self._service.watchers, lambda: len(self.state.hot))
         self.replication: EtcdReplication | PeerReplication | None = None
         self._publisher: Publisher | None = None
         self._streams: list[SourceStream] = []
@@ -95,6 +71,7 @@ class CacheServer:
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._context: zmq.asyncio.Context | None = None
         self._http: HttpSide | None = None
+        self._direct: DirectServer | None = None
         #: Whether a task of ours ended by itself.
         self.failed = False
         self._on_failure: Callable[[], None] = lambda: None
@@ -109,6 +86,9 @@ class CacheServer:
             host, port = split_address(self._config.metrics_listen, field="metrics_listen")
             self._http = await HttpSide.listen(host, port, self._registry, self.health)
             self.metrics_port = self._http.port
+        if (direct := self._config.direct_address()) is not None:
+            self._direct = DirectServer(self._service.match_bytes)
+            await self._direct.listen(*direct)
         self._context = zmq.asyncio.Context()
         for worker in self._config.workers:
             stream = SourceStream(self._context, worker, self._config.ingest, self.state)
@@ -126,6 +106,8 @@ class CacheServer:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         if self._server is not None:
             await self._server.stop(_GRACE_S)
+        if self._direct is not None:
+            await self._direct.stop()
         if self._http is not None:
             await self._http.stop()
         for task in self._tasks:
@@ -154,16 +136,20 @@ class CacheServer:
 
     def _grpc_server(self) -> grpc.aio.Server:
         server = grpc.aio.server(options=_OPTIONS)
-        service = PrefixIndexService(self.state, self.stats)
-        cache_pb2_grpc.add_PrefixIndexServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+        cache_pb2_grpc.add_PrefixIndexServicer_to_server(self._service, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if isinstance(self.replication, PeerReplication):
             self.replication.stream.add_to(server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         host, port = split_address(self._config.listen, field="listen")
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        encryption = self._config.encryption()
         try:
-            self.port = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+            if encryption is None:
+                self.port = server.add_insecure_port(address)
+            else:
+                self.port = server.add_secure_port(address, encryption.server())
         except RuntimeError as error:
             raise ConfigError(
                 f"listen: cannot listen on {self._config.listen}: the port is in use, or no address of ours"
@@ -184,6 +170,11 @@ class CacheServer:
             log_bytes=self.state.writer.log_bytes,
             log_segments=self.state.writer.log_segments,
             sources=tuple(stream.stats() for stream in self._streams),
+            life=self._service.life,
+            evicted_blocks=self.state.index.evicted_blocks,
+            bytes_estimate=self.state.index.bytes_estimate,
+            watchers=self._service.watchers,
+            direct_port=self._direct.port if self._direct else 0,
         )
 
     def health(self) -> dict[str, object]:

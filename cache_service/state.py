@@ -5,12 +5,16 @@ Decides what a query is answered with. Runs on one event loop; nothing here wait
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from cache_service.core.blocks import usable_tokens
 from cache_service.core.errors import PrfaasError
 from cache_service.core.events import AllCleared, BlocksStored, Event
+from cache_service.core.history import History
+from cache_service.core.hot import HotPrefixes
 from cache_service.core.ids import Namespace, SiteId, SourceId
 from cache_service.core.index_types import Applied, Needs
 from cache_service.core.query import Holder, Query
@@ -44,6 +48,12 @@ class IndexState:
         self.metrics = metrics
         self._publisher: Publisher | None = None
         self._published_site: SiteId | None = None
+        self.hot = HotPrefixes()
+        #: Changes of the sources followed, while somebody follows us, and what to set when there are more.
+        self.history = History()
+        self.followers: set[asyncio.Event] = set()
+        #: When a source last spoke (monotonic).
+        self.heard_s: dict[SourceId, float] = {}
         self._sites = dict(sites)
         for source in self._sites:
             self.index.add(source)
@@ -67,11 +77,13 @@ class IndexState:
 
     def apply_batch(self, source: SourceId, batch: AnyBatch) -> None:
         """Take what `decode` made of a batch of one source."""
+        self.heard_s[source] = time.monotonic()
         for applied, event in apply_batch(self.index, source, batch):
             self._applied(source, applied, event)
 
     def apply(self, source: SourceId, events: Iterable[Event]) -> None:
         """Take some events of one source."""
+        self.heard_s[source] = time.monotonic()
         for event in events:
             self._applied(source, self.index.apply(source, event), lambda event=event: event)  # type: ignore[misc]
 
@@ -81,19 +93,31 @@ class IndexState:
         self.metrics.applied(site, applied)
         if not (applied.stored or applied.removed):
             return
-        if self._publisher is not None and site != self._published_site:
+        published = self._publisher is None or site == self._published_site
+        if not (published or self.history.wanted):
             return
         event = make_event()
         if applied.conflicts and isinstance(event, BlocksStored):
             event = replace(event, hashes=event.hashes[: -applied.conflicts] or event.hashes)
+        if self.history.wanted:
+            self._remember(source, event)
         if self._publisher is None:
             self.writer.add((source, event))
-        else:
+        elif published:
             self._publisher.add((source, event))
 
     def declare(self, source: SourceId, needs: Needs) -> None:
         """Say what a source's model needs beside full-attention blocks; see `Needs`."""
         self.index.declare(source, needs.state, needs.window_blocks)
+
+    def _remember(self, source: SourceId, event: Event) -> None:
+        self.history.add(self.index.revision, (source, event))
+        for follower in self.followers:
+            follower.set()
+
+    def follows(self, source: SourceId) -> bool:
+        """Say whether this service follows the source itself; others are replicated."""
+        return source in self._sites
 
     def clear(self, source: SourceId) -> int:
         """Drop all that a source holds; return how many entries went."""
@@ -101,14 +125,18 @@ class IndexState:
         self.apply(source, [AllCleared()])
         return entries
 
+    def check_namespace(self, namespace: Namespace) -> None:
+        """Raise UnknownNamespace unless this is the index of `namespace`, whatever the salt."""
+        if replace(namespace, salt="") != self.namespace:
+            raise UnknownNamespace(f"namespace: this service indexes {self.namespace}, not {namespace}")
+
     def answer(self, query: Query) -> list[Holder]:
         """Return the holders of a prefix of the query, deepest first.
 
         The salt is not compared: it has seeded the query's hashes, so they match blocks of that salt only.
         Raises UnknownNamespace.
         """
-        if replace(query.namespace, salt="") != self.namespace:
-            raise UnknownNamespace(f"namespace: this service indexes {self.namespace}, not {query.namespace}")
+        self.check_namespace(query.namespace)
         page_size = self.namespace.page_size
         holders = []
         limit = usable_tokens(len(query.hashes) * page_size, query.total_tokens, page_size) // page_size
@@ -127,4 +155,6 @@ class IndexState:
             holders.sort(key=lambda holder: (-holder.matched_tokens, holder.worker_id, holder.dp_rank))
         if self._publisher is not None:
             self._publisher.saw(query.hashes)
+        if holders:
+            self.hot.saw(query.hashes, holders[0].matched_tokens // page_size)
         return holders

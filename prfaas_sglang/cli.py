@@ -88,9 +88,13 @@ workers with their caches flushed before each. They should serve nothing else me
 """
 
 
+INDEX_HELP = "ask a running cache service what it holds, and check it"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    arguments = _parser(words[:1]).parse_args(words)
     try:
         return int(arguments.run(arguments))
     except ConfigError as error:
@@ -104,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="prfaas", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"prfaas-sglang {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -178,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         help="also measure the decode rate: the largest batch whose steps stay within this",
     )
     profile.set_defaults(run=_profile)
+    _index(commands, used="index" in command)
 
     models = _command(commands, "models", "make checkpoints", "example:\n  prfaas models tiny --help\n")
     kinds = models.add_subparsers(required=True, metavar="KIND")
@@ -206,6 +211,16 @@ def _command(
         epilog=example,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def _index(commands: argparse._SubParsersAction[argparse.ArgumentParser], *, used: bool) -> None:
+    """Add `index`; its own module, and gRPC, are loaded only when it is used."""
+    if not used:
+        commands.add_parser("index", help=INDEX_HELP)
+        return
+    from prfaas_sglang import index_cli
+
+    index_cli.add_to(_command(commands, "index", INDEX_HELP, index_cli.ABOUT))
 
 
 def _up(arguments: argparse.Namespace) -> int:

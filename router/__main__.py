@@ -101,9 +101,12 @@ def _open_index(config: RouterConfig) -> PrefixIndex | None:
     """Return a client of the cache service; gRPC is loaded only when one is configured."""
     if config.index is None:
         return None
+    from cache_service.channels import Encryption
     from cache_service.client import IndexClient
 
-    return IndexClient(config.index, timeout_s=config.timeouts.index_s)
+    tls = config.index_tls
+    encryption = Encryption(tls.ca, tls.cert, tls.key, tls.server_name) if tls else None
+    return IndexClient(config.index, timeout_s=config.timeouts.index_s, encryption=encryption)
 
 
 async def _serve(config: RouterConfig, tokenizer: PromptTokenizer) -> None:

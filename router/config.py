@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import msgspec
 import yaml
 
-from cache_service.core.addresses import split_address
+from cache_service.core.addresses import check_plain, split_address
 from cache_service.core.errors import ConfigError
 from cache_service.core.ids import parse_name
 from router.core.model import PolicyName
@@ -101,13 +101,27 @@ class HealthConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     max_cooldown_s: float = 30.0
 
 
+class IndexTlsConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Mutual TLS to the cache services: PEM files of the authority, our certificate and its key.
+
+    `server_name` is the name in their certificates, such as the site's, when it is not the host dialed.
+    """
+
+    ca: str
+    cert: str
+    key: str
+    server_name: str = ""
+
+
 class RouterConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The whole file.
 
     Attributes:
         listen: host:port of the HTTP API.
         site: the site whose decode workers this router serves.
-        index: host:port of the cache service, None to route without an index.
+        index: host:port of the cache service, or of several (a name may stand for several too); None to
+            route without an index.
+        index_tls, index_insecure: one of them is needed for an index beyond loopback.
         early_first_token: send the first token of a stream when the prefill worker has it, without waiting
             for the KV transfer, wherever decode's own stream is sure to begin with it.
     """
@@ -117,7 +131,9 @@ class RouterConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     model: ModelConfig
     workers: list[WorkerConfig]
     policy: PolicyConfig = PolicyConfig()
-    index: str | None = None
+    index: str | list[str] | None = None
+    index_tls: IndexTlsConfig | None = None
+    index_insecure: bool = False
     early_first_token: bool = True
     links: list[LinkConfig] = []
     timeouts: TimeoutConfig = TimeoutConfig()
@@ -161,7 +177,11 @@ def _with_path(message: str) -> str:
 def _check_values(config: RouterConfig) -> None:
     split_address(config.listen, field="listen")
     if config.index is not None:
-        split_address(config.index, field="index")
+        addresses = [config.index] if isinstance(config.index, str) else config.index
+        if not 1 <= len(addresses) <= 64:
+            raise ConfigError(f"index: {len(addresses)} addresses; give 1 to 64, or leave it out")
+        for address in addresses:
+            check_plain("index", address, tls=config.index_tls is not None, insecure=config.index_insecure)
     parse_name(config.site, field="site")
     if not config.model.name:
         raise ConfigError("model.name: is empty; give the served model name")

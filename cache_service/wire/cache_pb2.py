@@ -24,17 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63\x61\x63he_service/wire/cache.proto\x12\x0fprfaas.cache.v1\"}\n\tNamespace\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x10\n\x08kv_dtype\x18\x04 \x01(\t\x12\x0e\n\x06layout\x18\x05 \x01(\t\x12\x0c\n\x04lora\x18\x06 \x01(\t\x12\x0c\n\x04salt\x18\x07 \x01(\t\"c\n\x0cMatchRequest\x12-\n\tnamespace\x18\x01 \x01(\x0b\x32\x1a.prfaas.cache.v1.Namespace\x12\x0e\n\x06hashes\x18\x02 \x03(\x10\x12\x14\n\x0ctotal_tokens\x18\x03 \x01(\r\"K\n\rMatchResponse\x12(\n\x07holders\x18\x01 \x03(\x0b\x32\x17.prfaas.cache.v1.Holder\x12\x10\n\x08revision\x18\x02 \x01(\x04\"i\n\x06Holder\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0f\n\x07\x64p_rank\x18\x03 \x01(\r\x12\x16\n\x0ematched_tokens\x18\x04 \x01(\r\x12\x15\n\rusable_tokens\x18\x05 \x01(\r\"\x0e\n\x0cStatsRequest\"\xe3\x01\n\rStatsResponse\x12\x0c\n\x04site\x18\x01 \x01(\t\x12-\n\tnamespace\x18\x02 \x01(\x0b\x32\x1a.prfaas.cache.v1.Namespace\x12\x0e\n\x06\x62locks\x18\x03 \x01(\x04\x12\x0f\n\x07\x65ntries\x18\x04 \x01(\x04\x12\x0f\n\x07orphans\x18\x05 \x01(\x04\x12\x10\n\x08revision\x18\x06 \x01(\x04\x12\x11\n\tlog_bytes\x18\x07 \x01(\x04\x12\x14\n\x0clog_segments\x18\x08 \x01(\x04\x12(\n\x07sources\x18\t \x03(\x0b\x32\x17.prfaas.cache.v1.Source\"\x81\x02\n\x06Source\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0f\n\x07\x64p_rank\x18\x03 \x01(\r\x12+\n\x05state\x18\x04 \x01(\x0e\x32\x1c.prfaas.cache.v1.SourceState\x12\x10\n\x08next_seq\x18\x05 \x01(\x04\x12\x0f\n\x07\x65ntries\x18\x06 \x01(\x04\x12\x11\n\ttruncated\x18\x07 \x01(\x08\x12\x33\n\x06\x63ounts\x18\x08 \x03(\x0b\x32#.prfaas.cache.v1.Source.CountsEntry\x1a-\n\x0b\x43ountsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*\xa8\x01\n\x0bSourceState\x12\x1c\n\x18SOURCE_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17SOURCE_STATE_CONNECTING\x10\x01\x12\x18\n\x14SOURCE_STATE_SYNCING\x10\x02\x12\x15\n\x11SOURCE_STATE_LIVE\x10\x03\x12\x16\n\x12SOURCE_STATE_STALE\x10\x04\x12\x15\n\x11SOURCE_STATE_GONE\x10\x05\x32\x9d\x01\n\x0bPrefixIndex\x12\x46\n\x05Match\x12\x1d.prfaas.cache.v1.MatchRequest\x1a\x1e.prfaas.cache.v1.MatchResponse\x12\x46\n\x05Stats\x12\x1d.prfaas.cache.v1.StatsRequest\x1a\x1e.prfaas.cache.v1.StatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63\x61\x63he_service/wire/cache.proto\x12\x0fprfaas.cache.v1\"}\n\tNamespace\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x10\n\x08kv_dtype\x18\x04 \x01(\t\x12\x0e\n\x06layout\x18\x05 \x01(\t\x12\x0c\n\x04lora\x18\x06 \x01(\t\x12\x0c\n\x04salt\x18\x07 \x01(\t\"c\n\x0cMatchRequest\x12-\n\tnamespace\x18\x01 \x01(\x0b\x32\x1a.prfaas.cache.v1.Namespace\x12\x0e\n\x06hashes\x18\x02 \x03(\x10\x12\x14\n\x0ctotal_tokens\x18\x03 \x01(\r\"K\n\rMatchResponse\x12(\n\x07holders\x18\x01 \x03(\x0b\x32\x17.prfaas.cache.v1.Holder\x12\x10\n\x08revision\x18\x02 \x01(\x04\"i\n\x06Holder\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0f\n\x07\x64p_rank\x18\x03 \x01(\r\x12\x16\n\x0ematched_tokens\x18\x04 \x01(\r\x12\x15\n\rusable_tokens\x18\x05 \x01(\r\"C\n\x11MatchBatchRequest\x12.\n\x07queries\x18\x01 \x03(\x0b\x32\x1d.prfaas.cache.v1.MatchRequest\"E\n\x12MatchBatchResponse\x12/\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x1e.prfaas.cache.v1.MatchResponse\"\x7f\n\x0f\x45xplainResponse\x12.\n\x07holders\x18\x01 \x03(\x0b\x32\x1d.prfaas.cache.v1.HolderReport\x12\x14\n\x0cquery_blocks\x18\x02 \x01(\r\x12\x14\n\x0climit_tokens\x18\x03 \x01(\r\x12\x10\n\x08revision\x18\x04 \x01(\x04\"\xca\x01\n\x0cHolderReport\x12\'\n\x06holder\x18\x01 \x01(\x0b\x32\x17.prfaas.cache.v1.Holder\x12\x32\n\x0csource_state\x18\x02 \x01(\x0e\x32\x1c.prfaas.cache.v1.SourceState\x12\r\n\x05\x61ge_s\x18\x03 \x01(\x01\x12\x0f\n\x07offered\x18\x04 \x01(\x08\x12,\n\x06groups\x18\x05 \x03(\x0b\x32\x1c.prfaas.cache.v1.GroupReport\x12\x0f\n\x07missing\x18\x06 \x01(\t\"\xda\x01\n\x0bGroupReport\x12%\n\x05group\x18\x01 \x01(\x0e\x32\x16.prfaas.cache.v1.Group\x12\x16\n\x0epresent_blocks\x18\x02 \x01(\r\x12\x16\n\x0e\x64\x65\x65pest_tokens\x18\x03 \x01(\r\x12\x41\n\x0btier_blocks\x18\x04 \x03(\x0b\x32,.prfaas.cache.v1.GroupReport.TierBlocksEntry\x1a\x31\n\x0fTierBlocksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"P\n\x12HotPrefixesRequest\x12-\n\tnamespace\x18\x01 \x01(\x0b\x32\x1a.prfaas.cache.v1.Namespace\x12\x0b\n\x03top\x18\x02 \x01(\r\"U\n\x13HotPrefixesResponse\x12,\n\x08prefixes\x18\x01 \x03(\x0b\x32\x1a.prfaas.cache.v1.HotPrefix\x12\x10\n\x08observed\x18\x02 \x01(\x04\"u\n\tHotPrefix\x12\x0c\n\x04hash\x18\x01 \x01(\x10\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x0c\n\x04uses\x18\x03 \x01(\x04\x12\x12\n\nuses_error\x18\x04 \x01(\x04\x12(\n\x07holders\x18\x05 \x03(\x0b\x32\x17.prfaas.cache.v1.Holder\"Q\n\x0b\x44umpRequest\x12-\n\tnamespace\x18\x01 \x01(\x0b\x32\x1a.prfaas.cache.v1.Namespace\x12\x13\n\x0bpage_blocks\x18\x02 \x01(\r\"s\n\x08\x44umpPage\x12\x0c\n\x04life\x18\x01 \x01(\x06\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12(\n\x07\x63hanges\x18\x03 \x03(\x0b\x32\x17.prfaas.cache.v1.Change\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12\x0f\n\x07\x65ntries\x18\x05 \x01(\x04\"]\n\x0cWatchRequest\x12-\n\tnamespace\x18\x01 \x01(\x0b\x32\x1a.prfaas.cache.v1.Namespace\x12\x0c\n\x04life\x18\x02 \x01(\x06\x12\x10\n\x08revision\x18\x03 \x01(\x04\"V\n\nWatchEvent\x12\x0c\n\x04life\x18\x01 \x01(\x06\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12(\n\x07\x63hanges\x18\x03 \x03(\x0b\x32\x17.prfaas.cache.v1.Change\"\xd3\x01\n\x06\x43hange\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64p_rank\x18\x02 \x01(\r\x12)\n\x04kind\x18\x03 \x01(\x0e\x32\x1b.prfaas.cache.v1.ChangeKind\x12%\n\x05group\x18\x04 \x01(\x0e\x32\x16.prfaas.cache.v1.Group\x12#\n\x04tier\x18\x05 \x01(\x0e\x32\x15.prfaas.cache.v1.Tier\x12\x13\n\x06parent\x18\x06 \x01(\x10H\x00\x88\x01\x01\x12\x0e\n\x06hashes\x18\x07 \x03(\x10\x42\t\n\x07_parent\"=\n\x0c\x43heckRequest\x12-\n\tnamespace\x18\x01 \x01(\x0b\x32\x1a.prfaas.cache.v1.Namespace\"g\n\rCheckResponse\x12\x12\n\nviolations\x18\x01 \x03(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x03 \x01(\x04\x12\x0f\n\x07\x65ntries\x18\x04 \x01(\x04\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\"\x0e\n\x0cStatsRequest\"\xdf\x02\n\rStatsResponse\x12\x0c\n\x04site\x18\x01 \x01(\t\x12-\n\tnamespace\x18\x02 \x01(\x0b\x32\x1a.prfaas.cache.v1.Namespace\x12\x0e\n\x06\x62locks\x18\x03 \x01(\x04\x12\x0f\n\x07\x65ntries\x18\x04 \x01(\x04\x12\x0f\n\x07orphans\x18\x05 \x01(\x04\x12\x10\n\x08revision\x18\x06 \x01(\x04\x12\x11\n\tlog_bytes\x18\x07 \x01(\x04\x12\x14\n\x0clog_segments\x18\x08 \x01(\x04\x12(\n\x07sources\x18\t \x03(\x0b\x32\x17.prfaas.cache.v1.Source\x12\x0c\n\x04life\x18\n \x01(\x06\x12\x15\n\rgroup_entries\x18\x0b \x01(\x04\x12\x16\n\x0e\x65victed_blocks\x18\x0c \x01(\x04\x12\x16\n\x0e\x62ytes_estimate\x18\r \x01(\x04\x12\x10\n\x08watchers\x18\x0e \x01(\r\x12\x13\n\x0b\x64irect_port\x18\x0f \x01(\r\"\x81\x02\n\x06Source\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0f\n\x07\x64p_rank\x18\x03 \x01(\r\x12+\n\x05state\x18\x04 \x01(\x0e\x32\x1c.prfaas.cache.v1.SourceState\x12\x10\n\x08next_seq\x18\x05 \x01(\x04\x12\x0f\n\x07\x65ntries\x18\x06 \x01(\x04\x12\x11\n\ttruncated\x18\x07 \x01(\x08\x12\x33\n\x06\x63ounts\x18\x08 \x03(\x0b\x32#.prfaas.cache.v1.Source.CountsEntry\x1a-\n\x0b\x43ountsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*E\n\x04Tier\x12\x0c\n\x08TIER_GPU\x10\x00\x12\r\n\tTIER_HOST\x10\x01\x12\r\n\tTIER_DISK\x10\x02\x12\x11\n\rTIER_EXTERNAL\x10\x03*>\n\x05Group\x12\x15\n\x11GROUP_UNSPECIFIED\x10\x00\x12\x0f\n\x0bGROUP_STATE\x10\x01\x12\r\n\tGROUP_SWA\x10\x02*s\n\nChangeKind\x12\x1b\n\x17\x43HANGE_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12\x43HANGE_KIND_STORED\x10\x01\x12\x17\n\x13\x43HANGE_KIND_REMOVED\x10\x02\x12\x17\n\x13\x43HANGE_KIND_CLEARED\x10\x03*\xa8\x01\n\x0bSourceState\x12\x1c\n\x18SOURCE_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17SOURCE_STATE_CONNECTING\x10\x01\x12\x18\n\x14SOURCE_STATE_SYNCING\x10\x02\x12\x15\n\x11SOURCE_STATE_LIVE\x10\x03\x12\x16\n\x12SOURCE_STATE_STALE\x10\x04\x12\x15\n\x11SOURCE_STATE_GONE\x10\x05\x32\xec\x04\n\x0bPrefixIndex\x12\x46\n\x05Match\x12\x1d.prfaas.cache.v1.MatchRequest\x1a\x1e.prfaas.cache.v1.MatchResponse\x12U\n\nMatchBatch\x12\".prfaas.cache.v1.MatchBatchRequest\x1a#.prfaas.cache.v1.MatchBatchResponse\x12J\n\x07\x45xplain\x12\x1d.prfaas.cache.v1.MatchRequest\x1a .prfaas.cache.v1.ExplainResponse\x12X\n\x0bHotPrefixes\x12#.prfaas.cache.v1.HotPrefixesRequest\x1a$.prfaas.cache.v1.HotPrefixesResponse\x12\x41\n\x04\x44ump\x12\x1c.prfaas.cache.v1.DumpRequest\x1a\x19.prfaas.cache.v1.DumpPage0\x01\x12\x45\n\x05Watch\x12\x1d.prfaas.cache.v1.WatchRequest\x1a\x1b.prfaas.cache.v1.WatchEvent0\x01\x12\x46\n\x05\x43heck\x12\x1d.prfaas.cache.v1.CheckRequest\x1a\x1e.prfaas.cache.v1.CheckResponse\x12\x46\n\x05Stats\x12\x1d.prfaas.cache.v1.StatsRequest\x1a\x1e.prfaas.cache.v1.StatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cache_service.wire.cache_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_GROUPREPORT_TIERBLOCKSENTRY']._loaded_options = None
+  _globals['_GROUPREPORT_TIERBLOCKSENTRY']._serialized_options = b'8\001'
   _globals['_SOURCE_COUNTSENTRY']._loaded_options = None
   _globals['_SOURCE_COUNTSENTRY']._serialized_options = b'8\001'
-  _globals['_SOURCESTATE']._serialized_start=970
-  _globals['_SOURCESTATE']._serialized_end=1138
+  _globals['_TIER']._serialized_start=2841
+  _globals['_TIER']._serialized_end=2910
+  _globals['_GROUP']._serialized_start=2912
+  _globals['_GROUP']._serialized_end=2974
+  _globals['_CHANGEKIND']._serialized_start=2976
+  _globals['_CHANGEKIND']._serialized_end=3091
+  _globals['_SOURCESTATE']._serialized_start=3094
+  _globals['_SOURCESTATE']._serialized_end=3262
   _globals['_NAMESPACE']._serialized_start=51
   _globals['_NAMESPACE']._serialized_end=176
   _globals['_MATCHREQUEST']._serialized_start=178
@@ -43,14 +51,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MATCHRESPONSE']._serialized_end=354
   _globals['_HOLDER']._serialized_start=356
   _globals['_HOLDER']._serialized_end=461
-  _globals['_STATSREQUEST']._serialized_start=463
-  _globals['_STATSREQUEST']._serialized_end=477
-  _globals['_STATSRESPONSE']._serialized_start=480
-  _globals['_STATSRESPONSE']._serialized_end=707
-  _globals['_SOURCE']._serialized_start=710
-  _globals['_SOURCE']._serialized_end=967
-  _globals['_SOURCE_COUNTSENTRY']._serialized_start=922
-  _globals['_SOURCE_COUNTSENTRY']._serialized_end=967
-  _globals['_PREFIXINDEX']._serialized_start=1141
-  _globals['_PREFIXINDEX']._serialized_end=1298
+  _globals['_MATCHBATCHREQUEST']._serialized_start=463
+  _globals['_MATCHBATCHREQUEST']._serialized_end=530
+  _globals['_MATCHBATCHRESPONSE']._serialized_start=532
+  _globals['_MATCHBATCHRESPONSE']._serialized_end=601
+  _globals['_EXPLAINRESPONSE']._serialized_start=603
+  _globals['_EXPLAINRESPONSE']._serialized_end=730
+  _globals['_HOLDERREPORT']._serialized_start=733
+  _globals['_HOLDERREPORT']._serialized_end=935
+  _globals['_GROUPREPORT']._serialized_start=938
+  _globals['_GROUPREPORT']._serialized_end=1156
+  _globals['_GROUPREPORT_TIERBLOCKSENTRY']._serialized_start=1107
+  _globals['_GROUPREPORT_TIERBLOCKSENTRY']._serialized_end=1156
+  _globals['_HOTPREFIXESREQUEST']._serialized_start=1158
+  _globals['_HOTPREFIXESREQUEST']._serialized_end=1238
+  _globals['_HOTPREFIXESRESPONSE']._serialized_start=1240
+  _globals['_HOTPREFIXESRESPONSE']._serialized_end=1325
+  _globals['_HOTPREFIX']._serialized_start=1327
+  _globals['_HOTPREFIX']._serialized_end=1444
+  _globals['_DUMPREQUEST']._serialized_start=1446
+  _globals['_DUMPREQUEST']._serialized_end=1527
+  _globals['_DUMPPAGE']._serialized_start=1529
+  _globals['_DUMPPAGE']._serialized_end=1644
+  _globals['_WATCHREQUEST']._serialized_start=1646
+  _globals['_WATCHREQUEST']._serialized_end=1739
+  _globals['_WATCHEVENT']._serialized_start=1741
+  _globals['_WATCHEVENT']._serialized_end=1827
+  _globals['_CHANGE']._serialized_start=1830
+  _globals['_CHANGE']._serialized_end=2041
+  _globals['_CHECKREQUEST']._serialized_start=2043
+  _globals['_CHECKREQUEST']._serialized_end=2104
+  _globals['_CHECKRESPONSE']._serialized_start=2106
+  _globals['_CHECKRESPONSE']._serialized_end=2209
+  _globals['_STATSREQUEST']._serialized_start=2211
+  _globals['_STATSREQUEST']._serialized_end=2225
+  _globals['_STATSRESPONSE']._serialized_start=2228
+  _globals['_STATSRESPONSE']._serialized_end=2579
+  _globals['_SOURCE']._serialized_start=2582
+  _globals['_SOURCE']._serialized_end=2839
+  _globals['_SOURCE_COUNTSENTRY']._serialized_start=2794
+  _globals['_SOURCE_COUNTSENTRY']._serialized_end=2839
+  _globals['_PREFIXINDEX']._serialized_start=3265
+  _globals['_PREFIXINDEX']._serialized_end=3885
 # @@protoc_insertion_point(module_scope)

@@ -39,6 +39,36 @@ class PrefixIndexStub(object):
                 request_serializer=cache__service_dot_wire_dot_cache__pb2.MatchRequest.SerializeToString,
                 response_deserializer=cache__service_dot_wire_dot_cache__pb2.MatchResponse.FromString,
                 _registered_method=True)
+        self.MatchBatch = channel.unary_unary(
+                '/prfaas.cache.v1.PrefixIndex/MatchBatch',
+                request_serializer=cache__service_dot_wire_dot_cache__pb2.MatchBatchRequest.SerializeToString,
+                response_deserializer=cache__service_dot_wire_dot_cache__pb2.MatchBatchResponse.FromString,
+                _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/prfaas.cache.v1.PrefixIndex/Explain',
+                request_serializer=cache__service_dot_wire_dot_cache__pb2.MatchRequest.SerializeToString,
+                response_deserializer=cache__service_dot_wire_dot_cache__pb2.ExplainResponse.FromString,
+                _registered_method=True)
+        self.HotPrefixes = channel.unary_unary(
+                '/prfaas.cache.v1.PrefixIndex/HotPrefixes',
+                request_serializer=cache__service_dot_wire_dot_cache__pb2.HotPrefixesRequest.SerializeToString,
+                response_deserializer=cache__service_dot_wire_dot_cache__pb2.HotPrefixesResponse.FromString,
+                _registered_method=True)
+        self.Dump = channel.unary_stream(
+                '/prfaas.cache.v1.PrefixIndex/Dump',
+                request_serializer=cache__service_dot_wire_dot_cache__pb2.DumpRequest.SerializeToString,
+                response_deserializer=cache__service_dot_wire_dot_cache__pb2.DumpPage.FromString,
+                _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/prfaas.cache.v1.PrefixIndex/Watch',
+                request_serializer=cache__service_dot_wire_dot_cache__pb2.WatchRequest.SerializeToString,
+                response_deserializer=cache__service_dot_wire_dot_cache__pb2.WatchEvent.FromString,
+                _registered_method=True)
+        self.Check = channel.unary_unary(
+                '/prfaas.cache.v1.PrefixIndex/Check',
+                request_serializer=cache__service_dot_wire_dot_cache__pb2.CheckRequest.SerializeToString,
+                response_deserializer=cache__service_dot_wire_dot_cache__pb2.CheckResponse.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/prfaas.cache.v1.PrefixIndex/Stats',
                 request_serializer=cache__service_dot_wire_dot_cache__pb2.StatsRequest.SerializeToString,
@@ -52,6 +82,52 @@ class PrefixIndexServicer(object):
     def Match(self, request, context):
         """Which workers hold how much of a prompt's prefix. INVALID_ARGUMENT names the field that is wrong;
         NOT_FOUND means that this service does not index the namespace.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MatchBatch(self, request, context):
+        """Several questions in one call: at most 256, and together at most as many hashes as one Match may have.
+        All or nothing: INVALID_ARGUMENT and NOT_FOUND name queries[i].
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """Why each holder has what Match says: tiers, states and windows, what is missing, how fresh its stream is.
+        Reads the whole index, one call at a time: a second gets RESOURCE_EXHAUSTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def HotPrefixes(self, request, context):
+        """The prefixes that were asked for most and that somebody held.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Dump(self, request, context):
+        """What the workers that this service follows hold (not what other sites published), in pages, as of one
+        revision. Apply every page to an empty index to have the same. At most 2 at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Watch(self, request, context):
+        """What changed of the same behind `revision` of `life`, then what changes; for ever. OUT_OF_RANGE: that revision is of
+        another life or no longer remembered, or this client is too slow; start over from Dump.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Check(self, request, context):
+        """Hold every invariant of the index against a copy of it. One at a time, like Explain.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -71,6 +147,36 @@ def add_PrefixIndexServicer_to_server(servicer, server):
                     servicer.Match,
                     request_deserializer=cache__service_dot_wire_dot_cache__pb2.MatchRequest.FromString,
                     response_serializer=cache__service_dot_wire_dot_cache__pb2.MatchResponse.SerializeToString,
+            ),
+            'MatchBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.MatchBatch,
+                    request_deserializer=cache__service_dot_wire_dot_cache__pb2.MatchBatchRequest.FromString,
+                    response_serializer=cache__service_dot_wire_dot_cache__pb2.MatchBatchResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=cache__service_dot_wire_dot_cache__pb2.MatchRequest.FromString,
+                    response_serializer=cache__service_dot_wire_dot_cache__pb2.ExplainResponse.SerializeToString,
+            ),
+            'HotPrefixes': grpc.unary_unary_rpc_method_handler(
+                    servicer.HotPrefixes,
+                    request_deserializer=cache__service_dot_wire_dot_cache__pb2.HotPrefixesRequest.FromString,
+                    response_serializer=cache__service_dot_wire_dot_cache__pb2.HotPrefixesResponse.SerializeToString,
+            ),
+            'Dump': grpc.unary_stream_rpc_method_handler(
+                    servicer.Dump,
+                    request_deserializer=cache__service_dot_wire_dot_cache__pb2.DumpRequest.FromString,
+                    response_serializer=cache__service_dot_wire_dot_cache__pb2.DumpPage.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=cache__service_dot_wire_dot_cache__pb2.WatchRequest.FromString,
+                    response_serializer=cache__service_dot_wire_dot_cache__pb2.WatchEvent.SerializeToString,
+            ),
+            'Check': grpc.unary_unary_rpc_method_handler(
+                    servicer.Check,
+                    request_deserializer=cache__service_dot_wire_dot_cache__pb2.CheckRequest.FromString,
+                    response_serializer=cache__service_dot_wire_dot_cache__pb2.CheckResponse.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
@@ -105,6 +211,168 @@ class PrefixIndex(object):
             '/prfaas.cache.v1.PrefixIndex/Match',
             cache__service_dot_wire_dot_cache__pb2.MatchRequest.SerializeToString,
             cache__service_dot_wire_dot_cache__pb2.MatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MatchBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prfaas.cache.v1.PrefixIndex/MatchBatch',
+            cache__service_dot_wire_dot_cache__pb2.MatchBatchRequest.SerializeToString,
+            cache__service_dot_wire_dot_cache__pb2.MatchBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prfaas.cache.v1.PrefixIndex/Explain',
+            cache__service_dot_wire_dot_cache__pb2.MatchRequest.SerializeToString,
+            cache__service_dot_wire_dot_cache__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HotPrefixes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prfaas.cache.v1.PrefixIndex/HotPrefixes',
+            cache__service_dot_wire_dot_cache__pb2.HotPrefixesRequest.SerializeToString,
+            cache__service_dot_wire_dot_cache__pb2.HotPrefixesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Dump(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/prfaas.cache.v1.PrefixIndex/Dump',
+            cache__service_dot_wire_dot_cache__pb2.DumpRequest.SerializeToString,
+            cache__service_dot_wire_dot_cache__pb2.DumpPage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/prfaas.cache.v1.PrefixIndex/Watch',
+            cache__service_dot_wire_dot_cache__pb2.WatchRequest.SerializeToString,
+            cache__service_dot_wire_dot_cache__pb2.WatchEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Check(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prfaas.cache.v1.PrefixIndex/Check',
+            cache__service_dot_wire_dot_cache__pb2.CheckRequest.SerializeToString,
+            cache__service_dot_wire_dot_cache__pb2.CheckResponse.FromString,
             options,
             channel_credentials,
             insecure,

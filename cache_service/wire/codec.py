@@ -1,4 +1,4 @@
-"""Between the gRPC messages and the core's values: the only importer of the generated module.
+"""Between the gRPC messages and the core's values: Match and Stats. wire/api_codec.py has the rest.
 
 Decides what a message means; it must not answer it. A message that cannot be meant raises RemoteProtocolError
 naming the field.
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+
+from google.protobuf.message import DecodeError
 
 from cache_service.core.errors import ConfigError, LocalProtocolError, RemoteProtocolError
 from cache_service.core.ids import BlockHash, Namespace, SiteId, SourceId, WorkerId
@@ -54,26 +56,45 @@ class Stats:
     log_bytes: int
     log_segments: int
     sources: tuple[SourceStats, ...]
+    life: int = 0
+    evicted_blocks: int = 0
+    bytes_estimate: int = 0
+    watchers: int = 0
+    direct_port: int = 0
 
 
 def encode_query(namespace: Namespace, hashes: Sequence[BlockHash], total_tokens: int) -> pb.MatchRequest:
     """Build a MatchRequest; raises LocalProtocolError for a value that does not fit its field."""
     try:
         return pb.MatchRequest(
-            namespace=_encode_namespace(namespace), hashes=hashes, total_tokens=total_tokens
+            namespace=encode_namespace(namespace), hashes=hashes, total_tokens=total_tokens
         )
     except (ValueError, TypeError) as error:
         raise LocalProtocolError(f"match request: {error}") from error
+
+
+def read_query(data: bytes) -> Query:
+    """Read the bytes of a MatchRequest; raises RemoteProtocolError naming the field."""
+    try:
+        message = pb.MatchRequest.FromString(data)
+    except DecodeError as error:
+        raise RemoteProtocolError(f"match request: {error}") from error
+    return decode_query(message)
+
+
+def read_result(data: bytes) -> MatchResult:
+    """Read the bytes of a MatchResponse; raises RemoteProtocolError when they are none."""
+    try:
+        return decode_result(pb.MatchResponse.FromString(data))
+    except DecodeError as error:
+        raise RemoteProtocolError(f"match response: {error}") from error
 
 
 def decode_query(message: pb.MatchRequest) -> Query:
     """Read a MatchRequest; raises RemoteProtocolError naming the field."""
     if not message.HasField("namespace"):
         raise RemoteProtocolError("namespace: is missing")
-    try:
-        namespace = _decode_namespace(message.namespace)
-    except ConfigError as error:
-        raise RemoteProtocolError(str(error)) from error
+    namespace = read_namespace(message.namespace)
     return Query(namespace, tuple(map(BlockHash, message.hashes)), message.total_tokens)
 
 
@@ -81,45 +102,54 @@ def encode_result(holders: Iterable[Holder], revision: int) -> pb.MatchResponse:
     """Build a MatchResponse."""
     return pb.MatchResponse(
         revision=revision,
-        holders=[
-            pb.Holder(
-                worker_id=holder.worker_id,
-                site=holder.site,
-                dp_rank=holder.dp_rank,
-                matched_tokens=holder.matched_tokens,
-                usable_tokens=holder.usable_tokens,
-            )
-            for holder in holders
-        ],
+        holders=list(map(encode_holder, holders)),
+    )
+
+
+def encode_holder(holder: Holder) -> pb.Holder:
+    """Build a Holder."""
+    return pb.Holder(
+        worker_id=holder.worker_id,
+        site=holder.site,
+        dp_rank=holder.dp_rank,
+        matched_tokens=holder.matched_tokens,
+        usable_tokens=holder.usable_tokens,
     )
 
 
 def decode_result(message: pb.MatchResponse) -> MatchResult:
     """Read a MatchResponse."""
-    holders = tuple(
-        Holder(
-            WorkerId(holder.worker_id),
-            SiteId(holder.site),
-            holder.dp_rank,
-            holder.matched_tokens,
-            holder.usable_tokens,
-        )
-        for holder in message.holders
+    return MatchResult(True, "", tuple(map(decode_holder, message.holders)), message.revision)
+
+
+def decode_holder(message: pb.Holder) -> Holder:
+    """Read a Holder."""
+    return Holder(
+        WorkerId(message.worker_id),
+        SiteId(message.site),
+        message.dp_rank,
+        message.matched_tokens,
+        message.usable_tokens,
     )
-    return MatchResult(True, "", holders, message.revision)
 
 
 def encode_stats(stats: Stats) -> pb.StatsResponse:
     """Build a StatsResponse."""
     return pb.StatsResponse(
         site=stats.site,
-        namespace=_encode_namespace(stats.namespace),
+        namespace=encode_namespace(stats.namespace),
         blocks=stats.counts.blocks,
         entries=stats.counts.entries,
         orphans=stats.counts.orphans,
         revision=stats.revision,
         log_bytes=stats.log_bytes,
         log_segments=stats.log_segments,
+        life=stats.life,
+        group_entries=stats.counts.group_entries,
+        evicted_blocks=stats.evicted_blocks,
+        bytes_estimate=stats.bytes_estimate,
+        watchers=stats.watchers,
+        direct_port=stats.direct_port,
         sources=[
             pb.Source(
                 worker_id=source.source.worker_id,
@@ -151,10 +181,12 @@ def decode_stats(message: pb.StatsResponse) -> Stats:
             )
             for source in message.sources
         )
-        namespace = _decode_namespace(message.namespace)
-    except (ValueError, ConfigError) as error:
+        namespace = read_namespace(message.namespace)
+    except (ValueError, RemoteProtocolError) as error:
         raise RemoteProtocolError(f"stats: {error}") from error
-    counts = IndexCounts(message.blocks, message.entries, len(sources), message.orphans)
+    counts = IndexCounts(
+        message.blocks, message.entries, len(sources), message.orphans, message.group_entries
+    )
     return Stats(
         SiteId(message.site),
         namespace,
@@ -163,6 +195,11 @@ def decode_stats(message: pb.StatsResponse) -> Stats:
         message.log_bytes,
         message.log_segments,
         sources,
+        message.life,
+        message.evicted_blocks,
+        message.bytes_estimate,
+        message.watchers,
+        message.direct_port,
     )
 
 
@@ -171,7 +208,8 @@ def encode_stats_request() -> pb.StatsRequest:
     return pb.StatsRequest()
 
 
-def _encode_namespace(namespace: Namespace) -> pb.Namespace:
+def encode_namespace(namespace: Namespace) -> pb.Namespace:
+    """Build a Namespace."""
     return pb.Namespace(
         model=namespace.model,
         page_size=namespace.page_size,
@@ -183,13 +221,17 @@ def _encode_namespace(namespace: Namespace) -> pb.Namespace:
     )
 
 
-def _decode_namespace(message: pb.Namespace) -> Namespace:
-    return Namespace(
-        model=message.model,
-        page_size=message.page_size,
-        revision=message.revision,
-        kv_dtype=message.kv_dtype,
-        layout=message.layout,
-        lora=message.lora,
-        salt=message.salt,
-    )
+def read_namespace(message: pb.Namespace) -> Namespace:
+    """Read a Namespace; raises RemoteProtocolError naming the field."""
+    try:
+        return Namespace(
+            model=message.model,
+            page_size=message.page_size,
+            revision=message.revision,
+            kv_dtype=message.kv_dtype,
+            layout=message.layout,
+            lora=message.lora,
+            salt=message.salt,
+        )
+    except ConfigError as error:
+        raise RemoteProtocolError(str(error)) from error

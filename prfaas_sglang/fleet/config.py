@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 import yaml
 
+from cache_service.core.addresses import is_loopback
 from cache_service.core.errors import ConfigError
 from cache_service.core.ids import parse_name
 from prfaas_sglang.config import ENVIRONMENT_VARIABLE, WorkerConfig, check_encryption
@@ -216,11 +217,12 @@ class Router(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class CacheService(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The cache service, which stands in the router's site."""
+    """The cache service, which stands in the router's site; `insecure` allows a host beyond loopback."""
 
     host: str = "127.0.0.1"
     port: int = 0
     metrics_port: int = 0
+    insecure: bool = False
 
 
 class Fleet(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -303,6 +305,11 @@ def _check(fleet: Fleet) -> None:
         ]
     )
     _check_ports(fleet)
+    if not (is_loopback(fleet.cache_service.host) or fleet.cache_service.insecure):
+        raise ConfigError(
+            f"cache_service.host: {fleet.cache_service.host!r} is not loopback; give cache_service.insecure: "
+            "true, or run the service from a file of its own with tls"
+        )
     if not any(w.role == "decode" for _, w in fleet.workers()):
         raise ConfigError("sites: no worker has role decode; at least one site must decode")
     if not any(w.role == "prefill" for _, w in fleet.workers()):

@@ -297,6 +297,7 @@ def _cache_service(
     config = {
         "site": fleet.router_site(),
         "listen": f"{host}:{ports.cache}",
+        "insecure": fleet.cache_service.insecure,
         "metrics_listen": f"{host}:{ports.metrics}",
         "namespace": {"model": fleet.model.served_name, "page_size": fleet.engine.page_size},
         "workers": [
@@ -344,6 +345,7 @@ def _router(
             "page_size": fleet.engine.page_size,
         },
         "index": f"{fleet.cache_service.host}:{ports.cache}",
+        "index_insecure": fleet.cache_service.insecure,
         "policy": {"name": fleet.routing.policy, "threshold_tokens": fleet.routing.threshold_tokens},
         "early_first_token": fleet.routing.early_first_token,
         "workers": workers,
