@@ -188,6 +188,9 @@ class EtcdCluster:
             f"--initial-advertise-peer-urls=http://127.0.0.1:{member.peer_port}",
             f"--listen-metrics-urls=http://127.0.0.1:{member.metrics_port}",
             f"--initial-cluster={peers}",
+            # Half of etcd's own times: a new leader is found in a second. Leases of 1 s are possible.
+            "--heartbeat-interval=50",
+            "--election-timeout=500",
             "--log-level=warn",
             *self._tls_arguments(),
             *self._arguments,

@@ -129,7 +129,7 @@ async def test_no_majority(make_cluster: MakeCluster) -> None:
     cluster = make_cluster(members=3)
     alive = cluster.endpoints[0]
     async with (
-        EtcdClient(EtcdConfig(cluster.endpoints, timeout_s=4)) as client,
+        EtcdClient(EtcdConfig(cluster.endpoints, timeout_s=2)) as client,
         EtcdClient(EtcdConfig((alive,))) as other,
     ):
         await client.put(b"/w/0", b"old")

@@ -16,6 +16,9 @@ from tests.integration.etcd.conftest import MakeCluster
 from tests.integration.etcd_support import CutProxy, EtcdCluster
 from tests.integration.replication.support import Site, converged, until
 
+#: Longer than any replica's age while all is well (conftest.py).
+OUTAGE_S = 2.0
+
 
 async def under_load(*sites: Site) -> tuple[asyncio.Event, list[asyncio.Task[None]]]:
     """Start loads; set the event and await the tasks to end them."""
@@ -29,8 +32,8 @@ async def ended(ending: asyncio.Event, tasks: list[asyncio.Task[None]]) -> None:
 
 
 async def fill_up(etcd: EtcdClient) -> None:
-    """Write one key over and over: its history fills the quota."""
-    for _ in range(40):
+    """Write one key over and over: its history fills the quota, which etcd notices some commits later."""
+    for _ in range(1000):
         await etcd.put(b"/junk", b"x" * (1 << 20))
 
 
@@ -86,7 +89,7 @@ async def test_all_members_killed(make_cluster: MakeCluster, members: int) -> No
             await asyncio.to_thread(cluster.kill, index)
         started_s = time.monotonic()
         ending, tasks = await under_load(a, b)
-        await until(lambda: b.about(a)["age_s"] > 4, "the age to show the outage")
+        await until(lambda: b.about(a)["age_s"] > OUTAGE_S, "the age to show the outage")
         assert b.about(a)["entries"] == entries
         assert a.server.replication is not None
         await until(lambda: a.server.replication.trouble, "the writer to say so")
@@ -177,7 +180,7 @@ async def test_member_alone(make_cluster: MakeCluster) -> None:
             cluster.stop(index)
         ending, tasks = await under_load(a)
         try:
-            await until(lambda: b.about(a)["age_s"] > 4, "the silence to show")
+            await until(lambda: b.about(a)["age_s"] > OUTAGE_S, "the silence to show")
         finally:
             for index in (1, 2):
                 cluster.go_on(index)
@@ -197,8 +200,8 @@ async def test_connections_cut(make_cluster: MakeCluster) -> None:
         await until(lambda: b.about(a)["rebuilds"] == 1, "the reader to have the empty log")
         rebuilds, from_seq = 1, 0
         ending, tasks = await under_load(a)
-        for number in range(12):
-            proxy.cut_after(700 * number + 1)
+        for number in range(8):
+            proxy.cut_after(1500 * number + 1)
             cuts = proxy.cuts
             await until(lambda c=cuts: proxy.cuts > c, "the cut")
         await ended(ending, tasks)
