@@ -92,6 +92,7 @@ async def test_wrong_or_missing_login(guarded: EtcdCluster) -> None:
                 await take_until(client.watch(KeyRange.prefix(b"/s/"), 1).run(), lambda items: False)
 
 
+@pytest.mark.slow
 async def test_tokens_that_ran_out_are_renewed(guarded: EtcdCluster) -> None:
     """Calls, txns, watches and leases go on after the token has died of idleness, many at once too."""
     async with EtcdClient(login(guarded)) as client:

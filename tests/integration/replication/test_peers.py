@@ -71,6 +71,7 @@ def pair(proxy_of_a: CutProxy, port_a: int, port_b: int, **options: object) -> t
     return a, b
 
 
+@pytest.mark.slow
 async def test_cuts_and_a_long_silence() -> None:
     """Cuts lose nothing and rebuild nothing; silence beyond the lease withholds, its end offers again."""
     port_a, port_b = free_port(), free_port()
