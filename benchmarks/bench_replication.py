@@ -234,7 +234,7 @@ def trace_rows(path: Path, policy: PublishPolicy, name: str, needs: Needs) -> li
     source = SourceId(WorkerId("trace-0"))
     filter_ = PublishFilter(policy)
     exact = PrefixIndex()
-    published = CoarseIndex(policy.stride)
+    published = CoarseIndex(policy.stride, PrefixIndex())
     for index in (exact, published):
         index.add(source)
     exact.declare(source, needs.state, needs.window_blocks)

@@ -17,7 +17,7 @@ get_etcd() {
     say "the tests that need etcd will be skipped; scripts/etcd.sh tries again" >&2
 }
 
-want=$(cat pyproject.toml "$lock" scripts/setup.sh | sha256sum | cut -d' ' -f1)
+want=$(cat pyproject.toml setup.py "$lock" scripts/setup.sh cache_service/native/*.?pp | sha256sum | cut -d' ' -f1)
 if [ "$(cat "$stamp" 2>/dev/null || true)" = "$want" ]; then
   get_etcd
   exit 0
