@@ -88,12 +88,15 @@ async def test_all_members_killed(make_cluster: MakeCluster, members: int) -> No
         a.work(200)
         await converged(a, b)
         rebuilds, entries = b.about(a)["rebuilds"], b.about(a)["entries"]
+        chain = next(chain for chain in a._chains if b.answers(a, chain))
+        answered = b.answers(a, chain)
         for index in range(members):
             await asyncio.to_thread(cluster.kill, index)
         started_s = time.monotonic()
         ending, tasks = await under_load(a, b)
         await until(lambda: b.about(a)["age_s"] > OUTAGE_S, "the age to show the outage")
         assert b.about(a)["entries"] == entries
+        assert b.answers(a, chain) == answered, "what is known is answered with, outage or not"
         assert a.server.replication is not None
         await until(lambda: a.server.replication.trouble, "the writer to say so")
         for index in range(members):
