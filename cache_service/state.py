@@ -13,7 +13,7 @@ from cache_service.core.delta import Declared
 from cache_service.core.errors import PrfaasError
 from cache_service.core.events import AllCleared, BlocksStored, Event
 from cache_service.core.ids import Namespace, SiteId, SourceId
-from cache_service.core.index_types import Applied
+from cache_service.core.index_types import Applied, Needs
 from cache_service.core.query import Holder, Query
 from cache_service.metrics import IndexMetrics
 from cache_service.native import AnyBatch, apply_batch, core_name, decode_batch, make_index
@@ -95,10 +95,10 @@ class IndexState:
         elif self._sites[source] == self._published_site:
             self._publisher.add((source, event))
 
-    def declare(self, source: SourceId, needs_state: bool, swa_window_blocks: int) -> None:
+    def declare(self, source: SourceId, needs: Needs) -> None:
         """Say what a source's model needs beside full-attention blocks, here and to other sites."""
-        self.index.declare(source, needs_state, swa_window_blocks)
-        self._tell(source, Declared(needs_state, swa_window_blocks))
+        self.index.declare(source, needs.state, needs.window_blocks)
+        self._tell(source, Declared(needs.state, needs.window_blocks))
 
     def clear(self, source: SourceId) -> int:
         """Drop all that a source holds; return how many entries went."""

@@ -78,6 +78,8 @@ class PublishFilter:
         self._slots: dict[SourceId, int] = {}
         self._sources: list[SourceId] = []
         self._needs: list[Needs] = []
+        #: By slot: whether it may hold anything, so that a worker's start costs no look at all blocks.
+        self._holding: list[bool] = []
         #: Doublings of min_blocks, and steps of min_seen, that the budget asks for.
         self.tightened = 0
 
@@ -92,14 +94,16 @@ class PublishFilter:
         return node.depth if node else 0
 
     def declare(self, source: SourceId, needs: Needs) -> list[Change]:
-        """Say what a source's model needs beside its blocks; return what to publish. O(blocks)."""
+        """Say what a source's model needs beside its blocks; return what to publish. O(all blocks)."""
         slot = self._slot(source)
         if self._needs[slot] == needs:
             return []
-        changes = self._settle_ends(slot, [], withdraw=True)
+        mask = _SOURCE << slot * _SOURCE_BITS
+        mine = [b for b, n in self._tree.nodes.items() if n.held & mask] if self._holding[slot] else []
+        changes = self._settle_ends(slot, mine, withdraw=True)
         self._needs[slot] = needs
         changes.append((source, Declared(needs != Needs(), 0)))
-        return changes + self._settle_ends(slot, list(self._tree.nodes))
+        return changes + self._settle_ends(slot, mine)
 
     def take(self, source: SourceId, event: Event) -> list[Change]:
         """Note a change that the index has taken; return what to publish, in order."""
@@ -113,6 +117,7 @@ class PublishFilter:
                 return self._remove(slot, _FULL, event.hashes, event.tier)
             case GroupStored():
                 kind = _KIND_OF[event.group]
+                self._holding[slot] = True
                 for block in event.hashes:
                     self._tree.known(block).held |= 1 << _shift(slot, kind) + event.tier
                 return self._settle_ends(slot, self._touched(slot, kind, event.hashes))
@@ -146,6 +151,7 @@ class PublishFilter:
     # -- changes ---------------------------------------------------------------------------------------------
 
     def _store(self, slot: int, event: BlocksStored) -> list[Change]:
+        self._holding[slot] = True
         late = self._tree.link(event)
         bit = 1 << _shift(slot, _FULL) + event.tier
         for block in event.hashes:
@@ -188,6 +194,9 @@ class PublishFilter:
         return changes
 
     def _clear(self, slot: int) -> list[Change]:
+        if not self._holding[slot]:
+            return []
+        self._holding[slot] = False
         held = _SOURCE << slot * _SOURCE_BITS
         published = (_ANCHOR | _END) << 2 * slot
         any_published = False
@@ -242,11 +251,14 @@ class PublishFilter:
         needs = self._needs[slot]
         if needs == Needs():
             return []
-        if kind == _SWA:
-            blocks = self._tree.within(blocks, max(needs.window_blocks, 1))
-        around = dict.fromkeys(blocks)
+        if kind == _SWA and needs.window_blocks:
+            blocks = self._tree.within(blocks, needs.window_blocks)
         if needs.state:
-            return list(around)
+            # Most blocks have no state: no end now, and none before.
+            state, end, nodes = _TIERS << _shift(slot, _STATE), _END << 2 * slot, self._tree.nodes
+            some = (b for b in blocks if nodes[b].held & state or nodes[b].published & end)
+            return list(dict.fromkeys(some))
+        around = dict.fromkeys(blocks)
         for block in blocks:
             node = self._tree.nodes[block]
             if node.parent in self._tree.nodes:
@@ -257,12 +269,12 @@ class PublishFilter:
     def _settle_ends(
         self, slot: int, candidates: Sequence[BlockHash], *, withdraw: bool = False
     ) -> list[Change]:
-        """Make ends of the candidates that are some, and only of those; `withdraw`: of none at all."""
+        """Make ends of the candidates that are some, and only of those; `withdraw`: of none."""
         nodes = self._tree.nodes
         added: list[BlockHash] = []
         gone: list[BlockHash] = []
         if withdraw:
-            gone = [block for block, node in nodes.items() if _published(node, slot, _END)]
+            gone = [block for block in candidates if _published(nodes[block], slot, _END)]
         elif candidates and self._needs[slot] != Needs():
             windows: dict[BlockHash, int] = {}
             for block in sorted(candidates, key=lambda b: nodes[b].depth):
@@ -341,6 +353,7 @@ class PublishFilter:
             slot = self._slots[source] = len(self._sources)
             self._sources.append(source)
             self._needs.append(Needs())
+            self._holding.append(False)
         return slot
 
 

@@ -21,6 +21,7 @@ from cache_service.core.events import (
 )
 from cache_service.core.ids import BlockHash, SourceId, WorkerId
 from cache_service.core.index import PrefixIndex
+from cache_service.core.index_types import Needs
 from cache_service.server import CacheServer
 
 DEADLINE_S = 60.0
@@ -95,7 +96,7 @@ class Site:
 
     async def __aenter__(self) -> Site:
         await self.server.start()
-        self.server.state.declare(self.sources[0], True, WINDOW_BLOCKS)
+        self.server.state.declare(self.sources[0], Needs(True, WINDOW_BLOCKS))
         return self
 
     async def __aexit__(self, *error: object) -> None:
