@@ -19,11 +19,10 @@ demo-mooncake: setup ## the same demo over SGLang's stock mooncake_tcp backend
 test: setup check ## every check and every test, real engine included
 	$(PYTHON_BIN) -m pytest
 
-test-fast: setup ## tests without the real engine (under 3 minutes)
-	$(PYTHON_BIN) -m pytest -m "not engine and not gpu"
+test-fast: setup ## tests without the real engine and without the slow ones of etcd (under 3 minutes)
+	$(PYTHON_BIN) -m pytest -m "not engine and not gpu and not slow"
 
-test-etcd: setup ## tests of the etcd client and of replication, with a real etcd that this gets
-	scripts/etcd.sh
+test-etcd: setup ## tests of the etcd client and of replication alone (under 3 minutes)
 	$(PYTHON_BIN) -m pytest tests/integration/etcd tests/integration/replication
 
 check: setup ## ruff, mypy --strict on the cores, import layers

@@ -289,7 +289,9 @@ class SourceStream:
             wait_s = self._config.replay_timeout_s
             await dealer.send_multipart([b"", start.to_bytes(8, "big")], zmq.NOBLOCK)
             for received in range(_MAX_ANSWER_BATCHES):
-                frames = await asyncio.wait_for(dealer.recv_multipart(), wait_s)
+                # Not wait_for: before Python 3.12 it loses a cancellation that meets an answer.
+                async with asyncio.timeout(wait_s):
+                    frames = await dealer.recv_multipart()
                 wait_s = min(wait_s, _REPLAY_PAUSE_S)
                 step = self._replayed(frames)
                 if step not in (Step.APPLY, Step.SKIP, Step.LOST):

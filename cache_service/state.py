@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from cache_service.core.blocks import usable_tokens
+from cache_service.core.delta import Declared
 from cache_service.core.errors import PrfaasError
 from cache_service.core.events import AllCleared, BlocksStored, Event
 from cache_service.core.history import History
@@ -101,14 +102,18 @@ class IndexState:
             event = replace(event, hashes=event.hashes[: -applied.conflicts] or event.hashes)
         if self.history.wanted:
             self._remember(source, event)
+        self._tell(source, event)
+
+    def _tell(self, source: SourceId, event: Event | Declared) -> None:
         if self._publisher is None:
             self.writer.add((source, event))
-        elif published:
+        elif self._sites[source] == self._published_site:
             self._publisher.add((source, event))
 
     def declare(self, source: SourceId, needs: Needs) -> None:
-        """Say what a source's model needs beside full-attention blocks; see `Needs`."""
+        """Say what a source's model needs beside full-attention blocks, here and to other sites."""
         self.index.declare(source, needs.state, needs.window_blocks)
+        self._tell(source, Declared(needs.state, needs.window_blocks))
 
     def _remember(self, source: SourceId, event: Event) -> None:
         self.history.add(self.index.revision, (source, event))
@@ -140,19 +145,16 @@ class IndexState:
         page_size = self.namespace.page_size
         holders = []
         limit = usable_tokens(len(query.hashes) * page_size, query.total_tokens, page_size) // page_size
-        for stride, index in self.indexes.by_stride.items():
-            for match in index.match(query.hashes[stride - 1 :: stride], limit // stride):
-                holders.append(
-                    Holder(
-                        worker_id=match.source.worker_id,
-                        site=self.claims.site_of(match.source),
-                        dp_rank=match.source.dp_rank,
-                        matched_tokens=match.matched * stride * page_size,
-                        usable_tokens=match.usable * stride * page_size,
-                    )
+        for match in self.indexes.match(query.hashes, limit):
+            holders.append(
+                Holder(
+                    worker_id=match.source.worker_id,
+                    site=self.claims.site_of(match.source),
+                    dp_rank=match.source.dp_rank,
+                    matched_tokens=match.matched * page_size,
+                    usable_tokens=match.usable * page_size,
                 )
-        if len(self.indexes.by_stride) > 1:
-            holders.sort(key=lambda holder: (-holder.matched_tokens, holder.worker_id, holder.dp_rank))
+            )
         if self._publisher is not None:
             self._publisher.saw(query.hashes)
         if holders:

@@ -1,6 +1,6 @@
 """The delta log: how a service's index reaches its replicas.
 
-Decides the contract that every store keeps (in-process here; etcd and a peer stream later) and how the
+Decides the contract that every store keeps (in-process here; etcd, peer streams: `replication/`) and how the
 service feeds it. It must not know what a segment says: it keeps bytes in order.
 
 The contract, which `tests/unit/cache_service/test_store.py` runs against every implementation:
@@ -19,11 +19,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from cache_service.core import delta
-from cache_service.core.delta import Change
+from cache_service.core.delta import Change, Declared
 from cache_service.core.errors import LocalProtocolError
+from cache_service.core.ids import SourceId
 from cache_service.core.index_protocol import BlockIndex
 from cache_service.core.log import LogEntry, LogPosition, Segment, Snapshot
 
@@ -143,6 +145,8 @@ class LogWriter:
         self._epoch: int | None = None
         self._pending: list[Change] = []
         self._pending_blocks = 0
+        #: What an index does not dump: what the sources' models need.
+        self._declared: dict[SourceId, Declared] = {}
         self._last_snapshot_bytes = 0
         self._snapshotting: asyncio.Task[None] | None = None
         #: Bytes and segments of the log above its last snapshot.
@@ -153,7 +157,10 @@ class LogWriter:
 
     def add(self, change: Change) -> None:
         """Note a change that the index has taken."""
-        self._pending_blocks += 1 + len(getattr(change[1], "hashes", ()))
+        source, event = change
+        if isinstance(event, Declared):
+            self._declared[source] = event
+        self._pending_blocks += 1 + len(getattr(event, "hashes", ()))
         if self._pending_blocks > self._max_pending_blocks:
             self.start_over()
         if self._epoch is not None:
@@ -193,11 +200,12 @@ class LogWriter:
         self._snapshotting = None
         epoch = (await self._log.begin()).epoch
         # One instant, no await: the copy, and the epoch from which `add` collects again.
-        everything = self._index.copy()
+        everything = self._everything()
         self._epoch = epoch
         self._pending, self._pending_blocks = [], 0
         self.log_bytes = self.log_segments = self._last_snapshot_bytes = 0
-        if everything.counts().entries:
+        counts = everything.index.counts()
+        if everything.declared or counts.entries or counts.group_entries:
             # A segment, not a snapshot: readers start the epoch from nothing and must not miss it.
             payload = await _dump(everything)
             await self._log.append(epoch, payload)
@@ -207,7 +215,7 @@ class LogWriter:
     async def _append(self, epoch: int) -> None:
         payload = delta.encode(self._pending)
         self._pending, self._pending_blocks = [], 0
-        everything = self._index.copy() if self._due(len(payload)) else None
+        everything = self._everything() if self._due(len(payload)) else None
         position = await self._log.append(epoch, payload)
         self.log_bytes += len(payload)
         self.log_segments += 1
@@ -215,7 +223,7 @@ class LogWriter:
         if everything is not None:
             self._snapshotting = asyncio.create_task(self._snapshot(position, everything), name="snapshot")
 
-    async def _snapshot(self, at: LogPosition, everything: BlockIndex) -> None:
+    async def _snapshot(self, at: LogPosition, everything: _Everything) -> None:
         log_bytes, log_segments = self.log_bytes, self.log_segments
         payload = await _dump(everything)
         await self._log.snapshot(at, payload)
@@ -234,9 +242,21 @@ class LogWriter:
         limit = max(self._snapshot_bytes, 2 * self._last_snapshot_bytes)
         return self.log_bytes + more_bytes > limit or self.log_segments + 1 >= self._snapshot_segments
 
+    def _everything(self) -> _Everything:
+        return _Everything(tuple(self._declared.items()), self._index.copy())
 
-async def _dump(index: BlockIndex) -> bytes:
-    return await asyncio.to_thread(lambda: delta.encode(list(index.dump())))
+
+@dataclass(frozen=True, slots=True)
+class _Everything:
+    """A copy of all that a snapshot says."""
+
+    declared: tuple[tuple[SourceId, Declared], ...]
+    index: BlockIndex
+
+
+async def _dump(everything: _Everything) -> bytes:
+    # What is needed first: a reader never holds blocks of a model that it takes for another.
+    return await asyncio.to_thread(lambda: delta.encode([*everything.declared, *everything.index.dump()]))
 
 
 def apply_entry(index: BlockIndex, entry: LogEntry) -> None:
@@ -247,4 +267,7 @@ def apply_entry(index: BlockIndex, entry: LogEntry) -> None:
             index.drop(source)
     for source, event in changes:
         index.add(source)
-        index.apply(source, event)
+        if isinstance(event, Declared):
+            index.declare(source, event.needs_state, event.swa_window_blocks)
+        else:
+            index.apply(source, event)

@@ -3,6 +3,8 @@
 #
 #   PRFAAS_ETCD=/path/to/etcd   one you have; nothing is fetched
 #
+# Where none can be fetched, it says so, leaves .tools/etcd-unavailable with the reason, and fails.
+#
 # Tried in this order: the upstream release, checked against the digest below; the package of Debian 13, fetched from
 # the mirror that this machine's apt uses, its signature checked by apt, unpacked without installing it.
 # etcd 3.5.0 to 3.5.5 can lose data when a member dies: refused.
@@ -33,6 +35,7 @@ if [ -x "$target" ] && sound "$target"; then
   exit 0
 fi
 
+rm -f "$target-unavailable"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -77,5 +80,8 @@ for source in from_release from_debian; do
     exit 0
   fi
 done
-say "could not be fetched: put an etcd 3.5.6 or later at $target, or name one in PRFAAS_ETCD" >&2
+reason="could not be fetched, neither from github.com nor from a Debian mirror"
+mkdir -p "$(dirname "$target")"
+printf '%s\n' "$reason" >"$target-unavailable"
+say "$reason: put an etcd 3.5.6 or later at $target, or name one in PRFAAS_ETCD" >&2
 exit 1

@@ -8,13 +8,20 @@ cd "$(dirname "$0")/.."
 
 lock=constraints/cpu.txt
 stamp=.venv/.setup-stamp
-want=$(cat pyproject.toml setup.py "$lock" scripts/setup.sh cache_service/native/*.?pp | sha256sum | cut -d' ' -f1)
-if [ "$(cat "$stamp" 2>/dev/null || true)" = "$want" ]; then
-  exit 0
-fi
-
 say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+
+# A real etcd for the tests. Tried once: without one they are skipped and say why.
+get_etcd() {
+  [ -e .tools/etcd-unavailable ] || scripts/etcd.sh ||
+    say "the tests that need etcd will be skipped; scripts/etcd.sh tries again" >&2
+}
+
+want=$(cat pyproject.toml setup.py "$lock" scripts/setup.sh cache_service/native/*.?pp | sha256sum | cut -d' ' -f1)
+if [ "$(cat "$stamp" 2>/dev/null || true)" = "$want" ]; then
+  get_etcd
+  exit 0
+fi
 
 python=${PYTHON:-}
 if [ -z "$python" ]; then
@@ -59,6 +66,8 @@ if ! ldconfig -p 2>/dev/null | grep -q libibverbs.so.1; then
     say "for the mooncake_tcp backend, run as root: apt-get install libibverbs1"
   fi
 fi
+
+get_etcd
 
 printf '%s\n' "$want" > "$stamp"
 say "done in $((SECONDS - started)) s"

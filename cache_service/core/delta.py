@@ -5,6 +5,7 @@ that starts from nothing. Little-endian throughout:
 
     header    magic "PXD1"  u16 sources  u32 changes  | per source: u8 length, worker id (ASCII), u16 dp rank
     change    u16 source  u8 kind  u8 tier  u32 hashes | i64 parent (BELOW only) | i64 hash, `hashes` times
+    declared  u16 source  u8 kind  u8 needs a state  u32 window in blocks
 
 One stored block costs 8 bytes beside its run's 8 or 16.
 """
@@ -13,9 +14,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from cache_service.core.errors import ConfigError, RemoteProtocolError
 from cache_service.core.events import (
+    MAX_BLOCKS_PER_EVENT,
     AllCleared,
     BlocksRemoved,
     BlocksStored,
@@ -27,7 +30,26 @@ from cache_service.core.events import (
 )
 from cache_service.core.ids import BlockHash, SourceId, WorkerId, parse_name
 
-Change = tuple[SourceId, Event]
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What a source's model needs beside full-attention blocks (`PrefixIndex.declare`); before, nothing.
+
+    Raises ConfigError for a window that is not in 0..2^20 blocks.
+    """
+
+    needs_state: bool
+    swa_window_blocks: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.swa_window_blocks <= MAX_BLOCKS_PER_EVENT:
+            raise ConfigError(
+                f"swa_window_blocks: {self.swa_window_blocks} is not in 0..{MAX_BLOCKS_PER_EVENT}"
+            )
+
+
+#: What a log says of a source: an event of its cache, or what its model needs.
+Change = tuple[SourceId, Event | Declared]
 
 MAGIC = b"PXD1"
 _HEADER = struct.Struct("<4sHI")
@@ -39,6 +61,7 @@ _GROUP_KINDS: dict[type[GroupStored | GroupRemoved], dict[Group, int]] = {
     GroupStored: {Group.STATE: 4, Group.SWA: 6},
     GroupRemoved: {Group.STATE: 5, Group.SWA: 7},
 }
+_DECLARED = 8
 _OF_GROUP_KIND = {
     kind: (make, group) for make, kinds in _GROUP_KINDS.items() for group, kind in kinds.items()
 }
@@ -68,7 +91,7 @@ def decode(segment: bytes) -> list[Change]:
         raise RemoteProtocolError(f"not a delta segment: {error}", reason="segment") from error
 
 
-def _encode_change(slot: int, event: Event) -> bytes:
+def _encode_change(slot: int, event: Event | Declared) -> bytes:
     match event:
         case BlocksStored(hashes, None, tier):
             return _CHANGE.pack(slot, _ROOT, tier, len(hashes)) + _pack(hashes)
@@ -81,6 +104,8 @@ def _encode_change(slot: int, event: Event) -> bytes:
             return _CHANGE.pack(slot, kind, tier, len(hashes)) + _pack(hashes)
         case AllCleared():
             return _CHANGE.pack(slot, _CLEARED, 0, 0)
+        case Declared(needs_state, window):
+            return _CHANGE.pack(slot, _DECLARED, needs_state, window)
 
 
 def _pack(hashes: Iterable[BlockHash]) -> bytes:
@@ -105,6 +130,11 @@ def _decode(segment: bytes) -> list[Change]:
     for _ in range(n_changes):
         slot, kind, tier, count = _CHANGE.unpack_from(segment, at)
         at += _CHANGE.size
+        if kind == _DECLARED:
+            if tier > 1:
+                raise ValueError(f"declared: {tier} is neither 0 nor 1")
+            changes.append((sources[slot], Declared(bool(tier), count)))
+            continue
         parent = None
         if kind == _BELOW:
             (parent,) = _PARENT.unpack_from(segment, at)

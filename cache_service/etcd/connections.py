@@ -40,7 +40,8 @@ class Stream(Generic[Response]):
     async def write(self, message: Message, *, timeout_s: float) -> None:
         """Send. Raises the error that ended the stream, or EtcdDeadline, which ends it too."""
         try:
-            await asyncio.wait_for(self._call.write(message), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._call.write(message)
         except TimeoutError:
             raise EtcdDeadline(f"etcd {self._what}: a message was not taken in {timeout_s} s") from None
         except grpc.aio.AioRpcError as error:

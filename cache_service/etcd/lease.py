@@ -175,7 +175,8 @@ class LeaseKeeper:
         # Nothing is under way: a lease that is added now must not wait for the next one that is due.
         self._changed.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), max(timeout_s, 0.0))
+            async with asyncio.timeout(max(timeout_s, 0.0)):
+                await self._changed.wait()
         return None
 
     def _wake_at_s(self, answer_s: float) -> float:

@@ -23,7 +23,7 @@ from cache_service.wire import kv_events
 VARIABLE = "PRFAAS_INDEX"
 _CHOICES = ("python", "native", "auto")
 
-AnyBatch = kv_events.Batch | DecodedBatch
+AnyBatch = kv_events.Batch[Event] | DecodedBatch
 
 
 def core_name() -> str:

@@ -104,7 +104,8 @@ class EtcdReplication:
         if self.replicas is not None:
             await self.replicas.close()
         with contextlib.suppress(PrfaasError, TimeoutError):
-            await asyncio.wait_for(self.presence.leave(), _LEAVE_S)
+            async with asyncio.timeout(_LEAVE_S):
+                await self.presence.leave()
         await self.etcd.close()
 
     async def _open_log(

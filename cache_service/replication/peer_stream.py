@@ -146,8 +146,10 @@ class PeerReader:
         await self._channel.close(None)
 
     async def _read(self, stream: Any) -> bytes:
-        # wait_for cancels the call when time runs out, which is what is wanted: it is given up then.
-        message = await asyncio.wait_for(stream.read(), self._silence_s)
+        # Running out of time cancels the call, which is what is wanted: it is given up then. Not wait_for:
+        # before Python 3.12 it loses a cancellation that meets a message.
+        async with asyncio.timeout(self._silence_s):
+            message = await stream.read()
         if message is grpc.aio.EOF:  # type: ignore[attr-defined]
             raise EOFError("the stream ended")
         found: bytes = message

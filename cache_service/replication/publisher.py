@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from cache_service.core.delta import Change
-from cache_service.core.ids import BlockHash
+from cache_service.core.delta import Change, Declared
+from cache_service.core.ids import BlockHash, SourceId
+from cache_service.core.index_types import Needs
 from cache_service.core.publish import PublishFilter, PublishPolicy
 from cache_service.native import make_index
 from cache_service.store import DeltaLog, LogWriter
@@ -32,7 +33,15 @@ class Publisher:
 
     def add(self, change: Change) -> None:
         """Take a change that the service's index has taken."""
-        self._add(self.filter.take(*change))
+        source, event = change
+        if isinstance(event, Declared):
+            self.declare(source, event)
+        else:
+            self._add(self.filter.take(source, event))
+
+    def declare(self, source: SourceId, declared: Declared) -> None:
+        """Take note of what a source's model needs."""
+        self._add(self.filter.declare(source, Needs(declared.needs_state, declared.swa_window_blocks)))
 
     def saw(self, hashes: Sequence[BlockHash]) -> None:
         """Take note that a request asked for this chain."""
@@ -46,6 +55,9 @@ class Publisher:
 
     def _add(self, changes: Iterable[Change]) -> None:
         for source, event in changes:
+            if isinstance(event, Declared):
+                self.writer.add((source, event))
+                continue
             self.index.add(source)
             applied = self.index.apply(source, event)
             if applied.stored or applied.removed:

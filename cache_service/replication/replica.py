@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
 
 from cache_service import logs
 from cache_service.core import delta
-from cache_service.core.delta import Change
-from cache_service.core.events import BlocksStored
-from cache_service.core.ids import SiteId, SourceId
+from cache_service.core.coarse import CoarseIndex
+from cache_service.core.delta import Change, Declared
+from cache_service.core.events import AllCleared, BlocksStored
+from cache_service.core.ids import BlockHash, SiteId, SourceId
 from cache_service.core.index_protocol import BlockIndex
+from cache_service.core.index_types import Match
 from cache_service.core.log import LogEntry, LogPosition, Snapshot
 from cache_service.native import make_index
 
@@ -58,14 +62,28 @@ class Claims:
 
 
 class Indexes:
-    """Indexes by stride: 1 is the service's own, where a block is a block; in others it stands for more."""
+    """The service's own index, and one for each stride that other sites publish with."""
 
     def __init__(self, own: BlockIndex) -> None:
-        self.by_stride: dict[int, BlockIndex] = {1: own}
+        self.own = own
+        self._coarse: dict[int, CoarseIndex] = {}
 
-    def of(self, stride: int) -> BlockIndex:
-        """Return the index of a stride, made when it is new."""
-        return self.by_stride.setdefault(stride, make_index())
+    def of(self, stride: int) -> BlockIndex | CoarseIndex:
+        """Return the index of a stride, made when it is new; with stride 1 a block is a block: our own."""
+        if stride == 1:
+            return self.own
+        if stride not in self._coarse:
+            self._coarse[stride] = CoarseIndex(stride, make_index())
+        return self._coarse[stride]
+
+    def match(self, hashes: Sequence[BlockHash], limit_blocks: int) -> list[Match]:
+        """Return every holder of a prefix, here or elsewhere: as PrefixIndex.match, in blocks."""
+        found = self.own.match(hashes, limit_blocks)
+        if self._coarse:
+            for index in self._coarse.values():
+                found += index.match(hashes, limit_blocks)
+            found.sort(key=lambda m: (-m.matched, m.source))
+        return found
 
 
 class RemoteSite:
@@ -147,7 +165,12 @@ class RemoteSite:
         if source not in self._sources and not self._take(source):
             self.refused_changes += 1
             return
-        self._index.apply(source, event)
+        if not isinstance(event, Declared):
+            self._index.apply(source, event)
+        elif isinstance(self._index, CoarseIndex):
+            self._index.declare(source, event)
+        else:
+            self._index.declare(source, event.needs_state, event.swa_window_blocks)
 
     def _take(self, source: SourceId) -> bool:
         if len(self._sources) >= MAX_SOURCES or not self._claims.claim(source, self.site):
@@ -174,12 +197,12 @@ class RemoteSite:
 def _slices(change: Change) -> list[Change]:
     """Cut a long run, so that no event holds the loop up."""
     source, event = change
-    if not isinstance(event, BlocksStored) or len(event.hashes) <= _SLICE_BLOCKS:
+    if isinstance(event, AllCleared | Declared) or len(event.hashes) <= _SLICE_BLOCKS:
         return [change]
     cut: list[Change] = []
-    parent = event.parent
     for at in range(0, len(event.hashes), _SLICE_BLOCKS):
-        run = event.hashes[at : at + _SLICE_BLOCKS]
-        cut.append((source, BlocksStored(run, parent, event.tier)))
-        parent = run[-1]
+        part = replace(event, hashes=event.hashes[at : at + _SLICE_BLOCKS])
+        if isinstance(part, BlocksStored) and at:
+            part = replace(part, parent=event.hashes[at - 1])
+        cut.append((source, part))
     return cut

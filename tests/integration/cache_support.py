@@ -197,10 +197,17 @@ class CacheProcess:
         self.client = IndexClient(self.address, timeout_s=5.0)
 
     async def start(self) -> None:
-        """Start the process and await its health service."""
+        """Start the process and await its health service; it does not outlive a failure."""
         self.process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "cache_service", "--config", str(self.path), cwd=ROOT
         )
+        try:
+            await self._healthy()
+        except BaseException:
+            await self.kill()
+            raise
+
+    async def _healthy(self) -> None:
         async with grpc.aio.insecure_channel(self.address) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             request = health_pb2.HealthCheckRequest(service="prfaas.cache.v1.PrefixIndex")
@@ -208,18 +215,24 @@ class CacheProcess:
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
     async def stop(self) -> int:
-        """SIGTERM; the exit status."""
+        """SIGTERM; the exit status. Killed when that is not enough: TimeoutError."""
         if self.process is None:
             return 0
         if self.process.returncode is None:
             self.process.terminate()
-        status = await asyncio.wait_for(self.process.wait(), DEADLINE_S)
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                status = await self.process.wait()
+        except BaseException:
+            await self.kill()
+            raise
         self.process = None
         return status
 
     async def kill(self) -> None:
         assert self.process is not None
-        self.process.kill()
+        if self.process.returncode is None:
+            self.process.kill()
         await self.process.wait()
         self.process = None
 

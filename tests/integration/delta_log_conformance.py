@@ -3,14 +3,78 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 import pytest
 
+from cache_service.core.delta import Change, Declared
 from cache_service.core.errors import LocalProtocolError
+from cache_service.core.events import (
+    AllCleared,
+    BlocksRemoved,
+    BlocksStored,
+    Group,
+    GroupRemoved,
+    GroupStored,
+    Tier,
+)
+from cache_service.core.ids import BlockHash, SourceId, WorkerId
+from cache_service.core.index import Match, PrefixIndex
 from cache_service.core.log import LogEntry, LogPosition, Segment, Snapshot
-from cache_service.store import DeltaLog
+from cache_service.store import DeltaLog, LogWriter, apply_entry
+
+SOURCES = [SourceId(WorkerId(f"w{i}"), i) for i in range(3)]
+_BLOCKS = 45
+
+
+def random_change(rng: random.Random) -> Change:
+    """An event of some source, or what its model needs; the blocks are one chain, 0, 1, 2, ..."""
+    source = rng.choice(SOURCES)
+    kind = rng.random()
+    first = rng.randrange(_BLOCKS - 5)
+    run = tuple(BlockHash(block) for block in range(first, first + rng.randint(1, 5)))
+    tier = rng.choice([Tier.GPU, Tier.HOST])
+    if kind < 0.5:
+        return source, BlocksStored(run, BlockHash(first - 1) if first else None, tier)
+    if kind < 0.65:
+        return source, BlocksRemoved(run, tier)
+    group = rng.choice(list(Group))
+    if kind < 0.93:
+        return source, (GroupStored if kind < 0.85 else GroupRemoved)(group, run, tier)
+    if kind < 0.98:
+        return source, Declared(rng.random() < 0.5, rng.choice([0, 1, 3]))
+    return source, AllCleared()
+
+
+def take_change(index: PrefixIndex, change: Change) -> None:
+    """Apply a change, of either kind."""
+    source, event = change
+    if isinstance(event, Declared):
+        index.declare(source, event.needs_state, event.swa_window_blocks)
+    else:
+        index.apply(source, event)
+
+
+def state(index: PrefixIndex) -> set[tuple[SourceId, Tier, BlockHash, BlockHash | Group | None]]:
+    """What an index holds."""
+    found: set[tuple[SourceId, Tier, BlockHash, BlockHash | Group | None]] = set()
+    for source, event in index.dump():
+        if isinstance(event, GroupStored):
+            found.update((source, event.tier, block, event.group) for block in event.hashes)
+            continue
+        parent = event.parent
+        for block in event.hashes:
+            found.add((source, event.tier, block, parent))
+            parent = block
+    return found
+
+
+def answers(index: PrefixIndex) -> list[list[Match]]:
+    """What an index says of every prefix of the chain: matched, and usable by what each model needs."""
+    chain = [BlockHash(block) for block in range(_BLOCKS)]
+    return [index.match(chain, limit) for limit in range(_BLOCKS)]
 
 
 async def take(entries: AsyncIterator[LogEntry], number: int, *, timeout_s: float = 20.0) -> list[LogEntry]:
@@ -149,3 +213,32 @@ class DeltaLogConformance:
         await log.snapshot(at, b"AB")
         async with aclosing(log.watch(None)) as entries:
             assert await take(entries, 1) == [Snapshot(at, b"AB")]
+
+    @pytest.mark.parametrize("seed", range(3))
+    async def test_replicas_equal_the_index(self, log: DeltaLog, seed: int) -> None:
+        """Blocks, states, windows, needs: readers from the start and later answer as the index does."""
+        rng = random.Random(seed)
+        index = PrefixIndex()
+        writer = LogWriter(log, index, snapshot_bytes=2000)
+        for source in SOURCES:
+            index.add(source)
+        await writer.flush()
+        async with aclosing(log.watch(None)) as early:
+            entries = await take(early, 1)  # it is there
+            for _ in range(40):
+                for _ in range(5):
+                    change = random_change(rng)
+                    take_change(index, change)
+                    writer.add(change)
+                await writer.flush()
+            await writer.settled()
+            async with aclosing(log.watch(None)) as late:
+                for reader, got in ((early, entries), (late, [])):
+                    replica = PrefixIndex()
+                    for entry in got:
+                        apply_entry(replica, entry)
+                    while state(replica) != state(index) or answers(replica) != answers(index):
+                        (entry,) = await take(reader, 1)
+                        apply_entry(replica, entry)
+                    replica.check()
+        assert any(match.usable < match.matched for match in answers(index)[-1])

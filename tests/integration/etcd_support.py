@@ -13,10 +13,12 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 HEALTHY_S = 30.0
@@ -75,8 +77,10 @@ class EtcdCluster:
         quota_bytes: int = 0,
         tls: ServerTls | None = None,
         arguments: Sequence[str] = (),
+        partition: Partition | None = None,
     ) -> None:
         self._tls = tls
+        self._partition = partition
         self._arguments = [*arguments]
         if quota_bytes:
             self._arguments.append(f"--quota-backend-bytes={quota_bytes}")
@@ -177,7 +181,9 @@ class EtcdCluster:
         assert binary, "no etcd: run scripts/etcd.sh"
         member.folder.mkdir(parents=True, exist_ok=True)
         scheme = "https" if self._tls else "http"
-        peers = ",".join(f"{m.name}=http://127.0.0.1:{m.peer_port}" for m in self.members)
+        # Members reach each other through a partition's proxies, if there is one.
+        reached = [m.peer_port for m in self.members] if self._partition is None else self._partition.ports
+        peers = ",".join(f"{m.name}=http://127.0.0.1:{p}" for m, p in zip(self.members, reached, strict=True))
         command = [
             binary,
             f"--name={member.name}",
@@ -185,9 +191,12 @@ class EtcdCluster:
             f"--listen-client-urls={scheme}://{member.endpoint}",
             f"--advertise-client-urls={scheme}://{member.endpoint}",
             f"--listen-peer-urls=http://127.0.0.1:{member.peer_port}",
-            f"--initial-advertise-peer-urls=http://127.0.0.1:{member.peer_port}",
+            f"--initial-advertise-peer-urls=http://127.0.0.1:{reached[self.members.index(member)]}",
             f"--listen-metrics-urls=http://127.0.0.1:{member.metrics_port}",
             f"--initial-cluster={peers}",
+            # Half of etcd's own times: a new leader is found in a second. Leases of 1 s are possible.
+            "--heartbeat-interval=50",
+            "--election-timeout=500",
             "--log-level=warn",
             *self._tls_arguments(),
             *self._arguments,
@@ -218,11 +227,13 @@ class EtcdCluster:
 class CutProxy:
     """Passes TCP on to one port; cuts every connection on request, or once after some bytes to clients.
 
-    While `refuses` is set, a new connection is reset at once; while `swallows` is, nothing reaches a client.
+    While `refuses` is set, a new connection is reset at once, as is one from a port that does not pass; while
+    `swallows` is, nothing reaches a client.
     """
 
-    def __init__(self, target_port: int) -> None:
+    def __init__(self, target_port: int, passes: Callable[[int], bool] = lambda from_port: True) -> None:
         self._target_port = target_port
+        self._passes = passes
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._cut_after: int | None = None
@@ -259,7 +270,7 @@ class CutProxy:
         self.cut()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self.refuses:
+        if self.refuses or not self._passes(writer.get_extra_info("peername")[1]):
             writer.transport.abort()
             return
         try:
@@ -294,6 +305,56 @@ class CutProxy:
                 writer.write(data)
                 await writer.drain()
         writer.transport.abort()
+
+
+class Partition:
+    """Proxies between members, by which one member can be parted from the others, both ways.
+
+    `await open(...)` before the cluster is made: a cluster with it is started in a thread.
+    """
+
+    def __init__(self) -> None:
+        self._proxies: list[CutProxy] = []
+        self._cluster: EtcdCluster | None = None
+        self._alone: int | None = None
+
+    @property
+    def ports(self) -> list[int]:
+        """Return where members reach each other."""
+        return [int(proxy.endpoint.rpartition(":")[2]) for proxy in self._proxies]
+
+    async def open(self, folder: Path, members: int) -> EtcdCluster:
+        """Start the proxies and a cluster behind them."""
+        cluster = self._cluster = EtcdCluster(folder, members=members, partition=self)
+        for index, member in enumerate(cluster.members):
+            proxy = await CutProxy(member.peer_port, lambda port, to=index: self._passes(port, to)).start()
+            self._proxies.append(proxy)
+        await asyncio.to_thread(cluster.start)
+        return cluster
+
+    def part(self, alone: int | None) -> None:
+        """Part one member from the rest; None: nobody."""
+        self._alone = alone
+        for proxy in self._proxies:
+            proxy.cut()
+
+    async def close(self) -> None:
+        """Kill the cluster, close the proxies."""
+        if self._cluster is not None:
+            await asyncio.to_thread(self._cluster.close)
+        for proxy in self._proxies:
+            await proxy.close()
+
+    def _passes(self, from_port: int, to: int) -> bool:
+        if self._alone is None:
+            return True
+        if to == self._alone:
+            return False
+        assert self._cluster is not None
+        process = self._cluster.members[self._alone].process
+        assert process is not None
+        # Who dials is known by its side of the connection.
+        return all(c.laddr.port != from_port for c in psutil.Process(process.pid).net_connections("tcp"))
 
 
 @contextlib.contextmanager

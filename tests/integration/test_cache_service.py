@@ -182,6 +182,35 @@ async def test_sigterm_is_a_clean_end(service) -> None:
     assert await process.stop() == 0
 
 
+async def test_stops_amid_replays() -> None:
+    """Streams end when they are told to, also while answers pour in: nothing is left that stop waits for."""
+    workers = [Worker(f"w{number}") for number in range(12)]
+    for worker in workers:
+        worker.start()
+        for block in range(1, 300):
+            worker.publish(stored([block]))
+        worker.drain()
+    text = {
+        "site": "B",
+        "listen": "127.0.0.1:0",
+        "namespace": {"model": NAMESPACE.model, "page_size": PAGE},
+        "workers": [worker.config() for worker in workers],
+        "ingest": {"probe_s": 0.005, "replay_timeout_s": 1.0},
+    }
+    try:
+        for number in range(10):
+            server = CacheServer(config.parse(json.dumps(text)))
+            await server.start()
+            async with asyncio.timeout(20):
+                while sum(stream.stats().next_seq for stream in server._streams) < 350 * number:
+                    await asyncio.sleep(0)
+            async with asyncio.timeout(5):
+                await server.stop()
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
 def run(path: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cache_service", "--config", str(path)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)

@@ -9,15 +9,19 @@ import pytest
 
 from cache_service.etcd.client import EtcdClient
 from cache_service.etcd.config import EtcdConfig
-from tests.integration.etcd_support import EtcdCluster, find_etcd, running
+from tests.integration.etcd_support import ROOT, EtcdCluster, find_etcd, running
 
 MakeCluster = Callable[..., EtcdCluster]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _etcd_is_there() -> None:
-    if find_etcd() is None:
-        pytest.skip("no etcd: make test-etcd gets one")
+    if find_etcd() is not None:
+        return
+    reason = Path(ROOT, ".tools", "etcd-unavailable")
+    if reason.exists():
+        pytest.skip(f"no etcd: {reason.read_text().strip()}; scripts/etcd.sh tries again")
+    pytest.fail("no etcd: make setup, or scripts/etcd.sh, gets one")
 
 
 @pytest.fixture(scope="session")

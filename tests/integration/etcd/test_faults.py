@@ -51,6 +51,7 @@ class Writer:
             await self._wrote.wait()
 
 
+@pytest.mark.slow
 async def test_every_leader_is_killed_under_writes_and_a_watch(make_cluster: MakeCluster) -> None:
     """SIGKILL of one leader after the other: no acknowledged write is lost, every event comes once."""
     cluster = make_cluster(members=3)
@@ -100,6 +101,7 @@ async def test_every_leader_is_killed_under_writes_and_a_watch(make_cluster: Mak
         )
 
 
+@pytest.mark.slow
 async def test_a_member_that_hangs(make_cluster: MakeCluster) -> None:
     """SIGSTOP of a follower: calls move on after one attempt, a watch on it after one unanswered question."""
     cluster = make_cluster(members=3)
@@ -124,12 +126,13 @@ async def test_a_member_that_hangs(make_cluster: MakeCluster) -> None:
         cluster.go_on(hung)
 
 
+@pytest.mark.slow
 async def test_no_majority(make_cluster: MakeCluster) -> None:
     """Without a leader: calls fail in time, one member's view is still served, a watch resumes later."""
     cluster = make_cluster(members=3)
     alive = cluster.endpoints[0]
     async with (
-        EtcdClient(EtcdConfig(cluster.endpoints, timeout_s=4)) as client,
+        EtcdClient(EtcdConfig(cluster.endpoints, timeout_s=2)) as client,
         EtcdClient(EtcdConfig((alive,))) as other,
     ):
         await client.put(b"/w/0", b"old")

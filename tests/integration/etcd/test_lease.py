@@ -24,13 +24,14 @@ async def other(shared_etcd: EtcdCluster) -> AsyncIterator[EtcdClient]:
         yield made
 
 
+@pytest.mark.slow
 async def test_kept_beyond_its_ttl_and_gone_after_release(client: EtcdClient, prefix: bytes) -> None:
     """A lease outlives its TTL while it is kept, and its key goes within the TTL after its release."""
     now_s = asyncio.get_running_loop().time
     lost: list[Loss] = []
     lease = await client.lease(2, lambda lease, loss: lost.append(loss))
     start = await client.put(prefix, b"", lease=lease.id) + 1
-    until = now_s() + 5
+    until = now_s() + 3
     async with asyncio.timeout(20):
         while lease.clock.valid_until_s < until + 1:  # renewed at least twice
             await asyncio.sleep(0.05)
@@ -94,17 +95,18 @@ async def test_told_when_nothing_confirms_it(make_cluster: MakeCluster) -> None:
         cluster.go_on(0)
 
 
+@pytest.mark.slow
 async def test_outlives_its_leader(make_cluster: MakeCluster) -> None:
     """The death of the leader, and of the member that renewed it, costs no lease."""
     cluster = make_cluster(members=3)
     async with EtcdClient(EtcdConfig(cluster.endpoints)) as client:
-        leases = [await client.lease(6) for _ in range(5)]
+        leases = [await client.lease(4) for _ in range(5)]
         for _ in range(2):
             leader = cluster.leader()
             killed_at_s = asyncio.get_running_loop().time()
             cluster.kill(leader)
             async with asyncio.timeout(10):
-                while any(le.clock.valid_until_s < killed_at_s + 8 for le in leases if le.loss is None):
+                while any(le.clock.valid_until_s < killed_at_s + 5.5 for le in leases if le.loss is None):
                     await asyncio.sleep(0.05)
             cluster.restart(leader)
         assert [lease.loss for lease in leases] == [None] * 5

@@ -221,15 +221,17 @@ async def test_quota(make_cluster: MakeCluster) -> None:
         assert kept.loss is None
 
 
-async def test_shortest_lease(client: EtcdClient) -> None:
+async def test_shortest_lease(make_cluster: MakeCluster) -> None:
     """etcd raises a TTL below its minimum, and says so."""
-    granted = await client.grant(1)
-    assert granted.granted_s == 2
-    await client.revoke(granted.lease)
-    with pytest.raises(LocalProtocolError, match="not above 0"):
-        await client.grant(0)
-    with pytest.raises(LeaseNotFound):
-        await client.time_to_live(granted.lease)
+    cluster = make_cluster(arguments=["--election-timeout=1000"])  # etcd's default
+    async with EtcdClient(EtcdConfig(cluster.endpoints)) as client:
+        granted = await client.grant(1)
+        assert granted.granted_s == 2
+        await client.revoke(granted.lease)
+        with pytest.raises(LocalProtocolError, match="not above 0"):
+            await client.grant(0)
+        with pytest.raises(LeaseNotFound):
+            await client.time_to_live(granted.lease)
 
 
 def test_what_is_wrong_in_a_config_is_named(tmp_path: Path) -> None:

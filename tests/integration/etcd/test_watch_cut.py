@@ -39,8 +39,8 @@ async def test_cut_while_catching_up(
 ) -> None:
     """A watch cut again and again while it catches up with 5,000 revisions gets each once, in order."""
     start = await client.put(prefix + b"k", b"first") + 1
-    for i in range(5000):
-        await client.put(prefix + b"k", b"%d" % i + bytes(100))
+    for i in range(0, 5000, 100):
+        await asyncio.gather(*(client.put(prefix + b"k", b"%d" % j + bytes(100)) for j in range(i, i + 100)))
     watcher = cut_client.watch(KeyRange.prefix(prefix), start)
     seen: list[int] = []
     async with asyncio.timeout(60):

@@ -10,9 +10,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cache_service import config
-from cache_service.core.events import AllCleared, BlocksRemoved, BlocksStored
+from cache_service.core.events import (
+    AllCleared,
+    BlocksRemoved,
+    BlocksStored,
+    Event,
+    Group,
+    GroupRemoved,
+    GroupStored,
+)
 from cache_service.core.ids import BlockHash, SourceId, WorkerId
 from cache_service.core.index import PrefixIndex
+from cache_service.core.index_types import Needs
 from cache_service.server import CacheServer
 
 DEADLINE_S = 60.0
@@ -32,11 +41,23 @@ async def until(condition: Callable[[], Any], what: str, *, timeout_s: float = D
 def holdings(index: PrefixIndex, sources: Sequence[SourceId]) -> set[tuple[SourceId, BlockHash]]:
     """What an index says that some sources hold."""
     wanted = set(sources)
-    return {(source, block) for source, event in index.dump() if source in wanted for block in event.hashes}
+    return {
+        (source, block)
+        for source, event in index.dump()
+        if source in wanted and isinstance(event, BlocksStored)
+        for block in event.hashes
+    }
+
+
+#: Of a site's first worker's model: a state, and the window of two blocks before it.
+WINDOW_BLOCKS = 2
 
 
 class Site:
-    """One site's service, fed by hand in place of its two workers' streams, and the truth about them."""
+    """One site's service, fed by hand in place of its two workers' streams, and the truth about them.
+
+    The first worker's model is a hybrid, the second's is not.
+    """
 
     def __init__(
         self,
@@ -52,6 +73,7 @@ class Site:
         self._chains: list[list[BlockHash]] = []
         self.sources = [SourceId(WorkerId(f"{name}-{i}"), 0) for i in range(2)]
         self.truth: set[tuple[SourceId, BlockHash]] = set()
+        self._groups: dict[Group, set[BlockHash]] = {group: set() for group in Group}
         self.changes = 0
         replication.setdefault("etcd", {"endpoints": list(endpoints)} if endpoints else None)
         text = {
@@ -74,6 +96,7 @@ class Site:
 
     async def __aenter__(self) -> Site:
         await self.server.start()
+        self.server.state.declare(self.sources[0], Needs(True, WINDOW_BLOCKS))
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -99,14 +122,21 @@ class Site:
             kind = self._rng.random()
             if kind < 0.6 or not self._chains:
                 self._store(source)
-            elif kind < 0.99:
-                chain = self._rng.choice(self._chains)
-                run = tuple(chain[self._rng.randrange(len(chain)) :])
-                self.server.state.apply(source, [BlocksRemoved(run)])
+                continue
+            chain = self._rng.choice(self._chains)
+            run = tuple(chain[self._rng.randrange(len(chain)) :])
+            if kind < 0.8:
+                self._apply(source, BlocksRemoved(run))
                 self.truth -= {(source, block) for block in run}
+            elif kind < 0.99:
+                group = self._rng.choice(list(Group))
+                self._groups[group].difference_update(run)
+                self._apply(self.sources[0], GroupRemoved(group, run))
             else:
-                self.server.state.apply(source, [AllCleared()])
+                self._apply(source, AllCleared())
                 self.truth = {entry for entry in self.truth if entry[0] != source}
+                for blocks in self._groups.values() if source == self.sources[0] else ():
+                    blocks.clear()
 
     def _store(self, source: SourceId) -> None:
         above = self._rng.choice(self._chains) if self._chains and self._rng.random() < 0.6 else []
@@ -114,12 +144,42 @@ class Site:
         run = [BlockHash(self._next + i) for i in range(self._rng.randint(1, 30))]
         self._next += len(run)
         self._chains = [*self._chains[-50:], [*above, *run]]
-        self.server.state.apply(source, [BlocksStored(tuple(run), above[-1] if above else None)])
+        self._apply(source, BlocksStored(tuple(run), above[-1] if above else None))
         self.truth |= {(source, block) for block in run}
+        if source == self.sources[0]:
+            # As an engine does: windows near the end of the chunk, the state of the chunk's end.
+            for group, kept in ((Group.SWA, run[-self._rng.randint(1, 6) :]), (Group.STATE, run[-1:])):
+                self._groups[group].update(kept)
+                self._apply(source, GroupStored(group, tuple(kept)))
+
+    def _apply(self, source: SourceId, event: Event) -> None:
+        self.server.state.apply(source, [event])
+
+    def usable(self, source: SourceId, chain: Sequence[BlockHash]) -> int:
+        """What of a chain a worker's model can use, said slowly."""
+        held = next((i for i, b in enumerate(chain) if (source, b) not in self.truth), len(chain))
+        if source != self.sources[0]:
+            return held
+        for b in range(held, 0, -1):
+            window = chain[max(0, b - WINDOW_BLOCKS) : b]
+            if chain[b - 1] in self._groups[Group.STATE] and self._groups[Group.SWA].issuperset(window):
+                return b
+        return 0
+
+    def answers(self, other: Site, chain: Sequence[BlockHash]) -> dict[SourceId, tuple[int, int]]:
+        """What this service claims of another site's workers: (matched, usable), where there is any."""
+        found = self.server.state.indexes.match(chain, len(chain))
+        return {m.source: (m.matched, m.usable) for m in found if m.source in other.sources}
 
     def knows(self, other: Site) -> bool:
-        """Whether this service's replica of another site equals the truth."""
-        return holdings(self.index, other.sources) == other.truth
+        """Whether this service's replica of another site equals the truth, what is usable included."""
+        if holdings(self.index, other.sources) != other.truth:
+            return False
+        for chain in other._chains:
+            answers = self.answers(other, chain)
+            if any(answers.get(s, (0, 0))[1] != other.usable(s, chain) for s in other.sources):
+                return not answers and bool(self.about(other)["withheld"])
+        return True
 
     async def load(self, until_set: asyncio.Event) -> None:
         """Work until told to end."""

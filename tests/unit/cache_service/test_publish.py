@@ -1,36 +1,37 @@
-"""What is published never claims more than what is held, and without thresholds nothing less than a run."""
+"""What is published never claims more than what is held and usable, and less only within a stride."""
 
 from __future__ import annotations
 
+import asyncio
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from cache_service.core import delta
+from cache_service.core.delta import Change
 from cache_service.core.errors import ConfigError
-from cache_service.core.events import AllCleared, BlocksRemoved, BlocksStored, Tier
-from cache_service.core.ids import BlockHash, SourceId, WorkerId
+from cache_service.core.events import (
+    AllCleared,
+    BlocksRemoved,
+    BlocksStored,
+    Event,
+    Group,
+    GroupRemoved,
+    GroupStored,
+    Tier,
+)
+from cache_service.core.ids import BlockHash, SiteId, SourceId, WorkerId
 from cache_service.core.index import PrefixIndex
+from cache_service.core.index_types import Needs
+from cache_service.core.log import LogPosition, Segment
 from cache_service.core.publish import PublishFilter, PublishPolicy
+from cache_service.replication.replica import Claims, Indexes, RemoteSite, Withheld
 
 SOURCES = [SourceId(WorkerId(f"w{i}")) for i in range(3)]
 EVERYTHING = PublishPolicy(stride=4, min_blocks=1, min_seen=1)
-
-
-@dataclass(frozen=True)
-class GroupStored:
-    group: str
-    hashes: tuple[BlockHash, ...]
-    tier: Tier = Tier.GPU
-
-
-@dataclass(frozen=True)
-class GroupRemoved:
-    group: str
-    hashes: tuple[BlockHash, ...]
-    tier: Tier = Tier.GPU
 
 
 def tree(rng: random.Random, chains: int = 5) -> list[list[BlockHash]]:
@@ -44,7 +45,7 @@ def tree(rng: random.Random, chains: int = 5) -> list[list[BlockHash]]:
     return made
 
 
-def random_event(rng: random.Random, chains: list[list[BlockHash]]) -> object:
+def random_event(rng: random.Random, chains: list[list[BlockHash]]) -> Event:
     chain = rng.choice(chains)
     first = rng.randrange(len(chain))
     run = tuple(chain[first : first + rng.randint(1, len(chain))])
@@ -54,106 +55,157 @@ def random_event(rng: random.Random, chains: list[list[BlockHash]]) -> object:
         return BlocksStored(run, chain[first - 1] if first else None, tier)
     if kind < 0.65:
         return BlocksRemoved(run, tier)
+    group = rng.choice(list(Group))
+    if group is Group.STATE:
+        run = tuple(rng.sample(run, rng.randint(1, min(2, len(run)))))
     if kind < 0.85:
-        return GroupStored(rng.choice(["state", "swa"]), run, tier)
+        return GroupStored(group, run, tier)
     if kind < 0.98:
-        return GroupRemoved(rng.choice(["state", "swa"]), run, tier)
+        return GroupRemoved(group, run, tier)
     return AllCleared()
 
 
-class Model:
-    """Who holds what, as sets."""
+class Truth:
+    """Who holds what, as sets, and what of a prefix that makes usable: said slowly."""
 
     def __init__(self) -> None:
-        self.held: set[tuple[SourceId, str, BlockHash, Tier]] = set()
-        self.rooted: set[BlockHash] = set()
+        self.held: set[tuple[SourceId, Group | None, BlockHash, Tier]] = set()
+        self.needs = dict.fromkeys(SOURCES, Needs())
 
-    def take(self, source: SourceId, event: object) -> None:
+    def take(self, source: SourceId, event: Event | Needs) -> None:
+        if isinstance(event, Needs):
+            self.needs[source] = event
+            return
         if isinstance(event, AllCleared):
             self.held = {entry for entry in self.held if entry[0] != source}
             return
-        group = getattr(event, "group", "full")
-        entries = {(source, group, block, event.tier) for block in event.hashes}  # type: ignore[attr-defined]
-        if type(event).__name__.endswith("Removed"):
+        group = getattr(event, "group", None)
+        entries = {(source, group, block, event.tier) for block in event.hashes}
+        if isinstance(event, BlocksRemoved | GroupRemoved):
             self.held -= entries
         else:
             self.held |= entries
 
-    def holds(self, source: SourceId, group: str, blocks: list[BlockHash]) -> bool:
-        return all(any((source, group, block, tier) in self.held for tier in Tier) for block in blocks)
+    def holds(self, source: SourceId, block: BlockHash, group: Group | None = None) -> bool:
+        return any((source, group, block, tier) in self.held for tier in Tier)
+
+    def matched(self, source: SourceId, chain: Sequence[BlockHash]) -> int:
+        return next((i for i, block in enumerate(chain) if not self.holds(source, block)), len(chain))
+
+    def usable(self, source: SourceId, chain: Sequence[BlockHash], limit: int) -> int:
+        needs = self.needs[source]
+        for b in range(min(self.matched(source, chain), limit), 0, -1):
+            window = chain[max(0, b - needs.window_blocks) : b]
+            if (not needs.state or self.holds(source, chain[b - 1], Group.STATE)) and all(
+                self.holds(source, block, Group.SWA) for block in window
+            ):
+                return b
+        return 0
 
 
-def published_after(filter_: PublishFilter, events: list[tuple[SourceId, object]]) -> tuple[Model, Model]:
-    """Feed a filter; return what is held and, as a reader sees it, what is published."""
-    held, published = Model(), Model()
-    for source, event in events:
-        held.take(source, event)
-        for owner, change in filter_.take(source, event):  # type: ignore[arg-type]
-            published.take(owner, change)
-    return held, published
+class Pair:
+    """A site's filter with the truth behind it, and another site's index of what is published."""
+
+    def __init__(self, policy: PublishPolicy) -> None:
+        self.truth = Truth()
+        self.filter = PublishFilter(policy)
+        self.remote = Indexes(PrefixIndex())
+        self._site = RemoteSite(SiteId("a"), policy.stride, self.remote, Claims({}))
+        self._site.offer(Withheld.DEAD)
+        self._seq = 0
+
+    def take(self, source: SourceId, event: Event | Needs) -> None:
+        self.truth.take(source, event)
+        if isinstance(event, Needs):
+            self.publish(self.filter.declare(source, event))
+        else:
+            self.publish(self.filter.take(source, event))
+
+    def publish(self, changes: list[Change]) -> None:
+        """Over the wire, as a replica takes them."""
+        self._seq += 1
+        payload = delta.encode(changes)
+        asyncio.run(self._site.apply(Segment(LogPosition(1, self._seq), payload)))
+
+    def answers(self, chain: Sequence[BlockHash], limit: int) -> dict[SourceId, tuple[int, int]]:
+        return {m.source: (m.matched, m.usable) for m in self.remote.match(chain, limit)}
 
 
-def random_events(seed: int, number: int) -> tuple[list[list[BlockHash]], list[tuple[SourceId, object]]]:
+def any_needs(rng: random.Random) -> Needs:
+    return rng.choice(
+        [Needs(), Needs(True, 0), Needs(True, 0), Needs(True, 3), Needs(False, 1), Needs(False, 5)]
+    )
+
+
+def random_events(
+    seed: int, number: int
+) -> tuple[list[list[BlockHash]], list[tuple[SourceId, Event | Needs]]]:
     rng = random.Random(seed)
     chains = tree(rng)
-    return chains, [(rng.choice(SOURCES), random_event(rng, chains)) for _ in range(number)]
+    events: list[tuple[SourceId, Event | Needs]] = [(source, any_needs(rng)) for source in SOURCES]
+    events += [(rng.choice(SOURCES), random_event(rng, chains)) for _ in range(number)]
+    for _ in range(rng.randrange(3)):
+        events.insert(rng.randrange(len(events)), (rng.choice(SOURCES), any_needs(rng)))
+    return chains, events
 
 
-@given(st.integers(0, 2**32), st.integers(0, 80))
-@example(819, 59)  # blocks that come back between a known ancestor and a known child
-@example(195, 68)
-def test_without_thresholds_it_is_exact(seed: int, number: int) -> None:
-    """Every whole run, and nothing else, is published: full, state and window, at every time."""
+def check(pair: Pair, chains: list[list[BlockHash]], rng: random.Random, *, exact: bool) -> None:
+    """Hold another site's answers against the truth."""
+    stride = pair.filter.policy.stride
+    for chain in chains:
+        limit = rng.randint(0, len(chain))
+        answers = pair.answers(chain, limit)
+        for source in SOURCES:
+            matched, usable = answers.get(source, (0, 0))
+            held, really = pair.truth.matched(source, chain), pair.truth.usable(source, chain, limit)
+            assert matched <= held
+            assert usable <= really
+            # A block whose ancestors nobody holds has no place in its chain, so what hangs on it waits.
+            if exact and all(pair.filter.known_depth(block) for block in chain[:held]):
+                assert held - stride < matched
+                assert usable == really if pair.truth.needs[source].state else really - stride < usable
+
+
+@given(st.integers(0, 2**32), st.integers(0, 80), st.sampled_from([1, 2, 4]))
+@example(819, 59, 4)  # blocks that come back between a known ancestor and a known child
+@example(195, 68, 4)
+def test_without_thresholds_it_is_exact(seed: int, number: int, stride: int) -> None:
+    """Always: a state's boundary is known exactly elsewhere, anything else to less than a stride."""
     chains, events = random_events(seed, number)
-    filter_ = PublishFilter(EVERYTHING)
-    held, published = published_after(filter_, events)
-    known = filter_.known_depth
-    for source in SOURCES:
-        for chain in chains:
-            for end in range(4, len(chain) + 1, 4):
-                run, anchor = chain[end - 4 : end], chain[end - 1]
-                whole = held.holds(source, "full", run) and bool(known(anchor))
-                assert published.holds(source, "full", [anchor]) == whole
-                if whole:
-                    state = held.holds(source, "state", [anchor])
-                    assert published.holds(source, "state", [anchor]) == state
-                    assert published.holds(source, "swa", [anchor]) == held.holds(source, "swa", run)
-    anchors = {chain[end - 1] for chain in chains for end in range(4, len(chain) + 1, 4)}
-    assert {block for _, _, block, _ in published.held} <= anchors
+    pair, rng = Pair(PublishPolicy(stride, min_blocks=1, min_seen=1)), random.Random(seed)
+    for source, event in events:
+        pair.take(source, event)
+        if rng.random() < 0.2:
+            check(pair, chains, rng, exact=True)
+    check(pair, chains, rng, exact=True)
 
 
 @given(st.integers(0, 2**32), st.integers(0, 80), st.integers(1, 16), st.integers(1, 3))
 @example(56, 14, 1, 2)  # asked for while its place in the chain is unknown
 def test_never_more_than_what_is_held(seed: int, number: int, min_blocks: int, min_seen: int) -> None:
-    """Whatever the thresholds, and while a budget moves them, a published anchor's run is held."""
+    """Whatever the thresholds, and while a budget moves them, no claim is more than the truth."""
     chains, events = random_events(seed, number)
-    filter_ = PublishFilter(PublishPolicy(4, min_blocks, min_seen, bytes_per_s=10))
-    held, published = Model(), Model()
-    rng = random.Random(seed)
+    pair, rng = Pair(PublishPolicy(4, min_blocks, min_seen, bytes_per_s=10)), random.Random(seed)
     for source, event in events:
-        held.take(source, event)
-        changes = filter_.take(source, event)  # type: ignore[arg-type]
+        pair.take(source, event)
         if rng.random() < 0.3:
-            filter_.adapt(rng.choice([0.0, 100.0]))
+            pair.filter.adapt(rng.choice([0.0, 100.0]))
         if rng.random() < 0.3:
-            changes += filter_.saw(rng.choice(chains))
-        for owner, change in changes:
-            published.take(owner, change)
-    for chain in chains:
-        for end in range(4, len(chain) + 1, 4):
-            for source in SOURCES:
-                if published.holds(source, "full", [chain[end - 1]]):
-                    assert held.holds(source, "full", chain[end - 4 : end])
+            pair.publish(pair.filter.saw(rng.choice(chains)))
+        if rng.random() < 0.2:
+            check(pair, chains, rng, exact=False)
+    check(pair, chains, rng, exact=False)
 
 
 @given(st.integers(0, 2**32), st.integers(0, 60))
 def test_nothing_is_left_when_all_is_gone(seed: int, number: int) -> None:
     """After every source cleared, the filter holds no block."""
-    _, events = random_events(seed, number)
-    filter_ = PublishFilter(EVERYTHING)
-    _, published = published_after(filter_, events + [(source, AllCleared()) for source in SOURCES])
-    assert not published.held
-    assert not filter_.blocks
+    chains, events = random_events(seed, number)
+    pair = Pair(EVERYTHING)
+    for source, event in [*events, *((source, AllCleared()) for source in SOURCES)]:
+        pair.take(source, event)
+    assert not any(pair.answers(chain, 99) for chain in chains)
+    assert not pair.filter.blocks
 
 
 def chain(length: int) -> tuple[BlockHash, ...]:

@@ -13,15 +13,9 @@ from hypothesis import strategies as st
 from cache_service.core import delta
 from cache_service.core.errors import LocalProtocolError, RemoteProtocolError
 from cache_service.core.events import (
-    AllCleared,
-    BlocksRemoved,
     BlocksStored,
-    Group,
-    GroupRemoved,
-    GroupStored,
-    Tier,
 )
-from cache_service.core.ids import BlockHash, SourceId, WorkerId
+from cache_service.core.ids import BlockHash
 from cache_service.core.index import PrefixIndex
 from cache_service.core.log import LogEntry, LogPosition
 from cache_service.store import (
@@ -30,9 +24,15 @@ from cache_service.store import (
     LogWriter,
     apply_entry,
 )
-from tests.integration.delta_log_conformance import DeltaLogConformance, take
-
-SOURCES = [SourceId(WorkerId(f"w{i}"), i) for i in range(3)]
+from tests.integration.delta_log_conformance import (
+    SOURCES,
+    DeltaLogConformance,
+    answers,
+    random_change,
+    state,
+    take,
+    take_change,
+)
 
 
 class TestInProcessLog(DeltaLogConformance):
@@ -53,35 +53,6 @@ async def test_in_process_log_is_bounded() -> None:
         await log.append(start.epoch, b"c")
     await log.snapshot(at, b"AB")
     await log.append(start.epoch, b"c")
-
-
-def random_change(rng: random.Random) -> delta.Change:
-    source = rng.choice(SOURCES)
-    kind = rng.random()
-    first = rng.randrange(40)
-    run = tuple(BlockHash(block) for block in range(first, first + rng.randint(1, 5)))
-    tier = rng.choice([Tier.GPU, Tier.HOST])
-    if kind < 0.6:
-        return source, BlocksStored(run, BlockHash(first - 1) if first else None, tier)
-    if kind < 0.8:
-        return source, BlocksRemoved(run, tier)
-    group = rng.choice(list(Group))
-    if kind < 0.95:
-        return source, (GroupStored if kind < 0.9 else GroupRemoved)(group, run, tier)
-    return source, AllCleared()
-
-
-def state(index: PrefixIndex) -> set[tuple[SourceId, Tier, BlockHash, BlockHash | Group | None]]:
-    found: set[tuple[SourceId, Tier, BlockHash, BlockHash | Group | None]] = set()
-    for source, event in index.dump():
-        if isinstance(event, GroupStored):
-            found.update((source, event.tier, block, event.group) for block in event.hashes)
-            continue
-        parent = event.parent
-        for block in event.hashes:
-            found.add((source, event.tier, block, parent))
-            parent = block
-    return found
 
 
 class Flaky(InProcessLog):
@@ -112,9 +83,9 @@ async def test_replica_equals_the_index(seed: int, limits: dict[str, int], fails
     for step in range(120):
         if step in (0, 60):
             followers.append((PrefixIndex(), log.watch(None)))
-        source, event = random_change(rng)
-        index.apply(source, event)
-        writer.add((source, event))
+        change = random_change(rng)
+        take_change(index, change)
+        writer.add(change)
         if rng.random() < 0.3:
             try:
                 await writer.flush()
@@ -131,6 +102,7 @@ async def test_replica_equals_the_index(seed: int, limits: dict[str, int], fails
             position = entry.position
         replica.check()
         assert state(replica) == state(index)
+        assert answers(replica) == answers(index)
         await entries.aclose()  # type: ignore[attr-defined]
 
 
