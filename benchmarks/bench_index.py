@@ -13,7 +13,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -71,13 +72,8 @@ class Field:
 
 
 def match(smoke: bool) -> list[Row]:
-    """Time one match: hot (all workers hold the query), cold (one does), depths (each to another depth).
-
-    On one core: the peer answers in a thread of its own; waking another core takes it 50 us instead of 10.
-    """
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(cores)})
-    try:
+    """Time one match: hot (all workers hold the query), cold (one does), depths (each to another depth)."""
+    with _one_core():
         field = Field()
         return [
             _match_point(field, depth, workers, shape, 2 if smoke else 7)
@@ -85,6 +81,15 @@ def match(smoke: bool) -> list[Row]:
             for workers in WORKERS
             for shape in ("hot", "cold", "depths")
         ]
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """Stay on one core: the peer works in a thread of its own, and waking another core takes it 50 us a call."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
     finally:
         os.sched_setaffinity(0, cores)
 
@@ -130,12 +135,13 @@ def _p50_us(call: Callable[[Sequence[int]], Any], queries: list[Sequence[int]], 
 
 def store(smoke: bool) -> list[Row]:
     """Time store and remove per block, from the event's bytes."""
-    field = Field()
-    rows = []
-    for depth in DEPTHS:
-        for workers in WORKERS:
-            rows += _store_point(field, depth, workers, 1 if smoke else 5, 10_000 if smoke else 100_000)
-    return rows
+    rounds, entries = (1, 10_000) if smoke else (5, 100_000)
+    with _one_core():
+        field = Field()
+        points = [
+            _store_point(field, depth, workers, rounds, entries) for depth in DEPTHS for workers in WORKERS
+        ]
+    return [row for point in points for row in point]
 
 
 def _store_point(field: Field, depth: int, workers: int, rounds: int, entries: int) -> list[Row]:
@@ -202,10 +208,14 @@ def _resident(kind: str, blocks: int, holders: int) -> float:
 
 def trace(smoke: bool, path: Path | None) -> list[Row]:
     """Replay a trace at unlimited capacity: match each request, then store its prompt."""
-    field = Field()
-    ideal = "published ideal"
     if path is None:
-        return [Row("trace", "", None, None, ideal, note="give --trace conversation_trace.jsonl")]
+        note = "give --trace conversation_trace.jsonl"
+        return [Row("trace", "", None, None, "published ideal", note=note)]
+    with _one_core():
+        return _replay(Field(), path, smoke)
+
+
+def _replay(field: Field, path: Path, smoke: bool) -> list[Row]:
     lines = path.read_text().splitlines()
     prompts = [json.loads(line)["hash_ids"] for line in lines[: 500 if smoke else None]]
     total = sum(map(len, prompts))
@@ -227,7 +237,7 @@ def trace(smoke: bool, path: Path | None) -> list[Row]:
     peer = None if smoke else IDEAL_HIT_RATIO
     note = f"{found:,} of {total:,} blocks"
     return [
-        Row(name, "", round(found / total, 4), peer, ideal, 1, note=note),
+        Row(name, "", round(found / total, 4), peer, "published ideal", 1, note=note),
         field.row("trace, match, p50", "us", figures, MATCH_BAR),
     ]
 
