@@ -85,7 +85,7 @@ def match(smoke: bool) -> list[Row]:
 
 @contextmanager
 def _one_core() -> Iterator[None]:
-    """Stay on one core: the peer works in a thread of its own, and waking another core takes it 50 us a call."""
+    """Stay on one core: the peer works in a thread of its own; to wake another core takes it 50 us."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
     try:
