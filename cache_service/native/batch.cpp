@@ -69,8 +69,10 @@ class Reader {
     size_t length;
     if ((kind & 0xF0) == 0x90 || kind == 0xDC || kind == 0xDD) {
       if (!array(length)) return false;
-      while (length--)
-        if (!skip(depth + 1)) return false;
+      while (length--) {
+        const size_t number = at_ == end_ ? 0 : bytes_of_number(*at_);  // token ids: the bulk of a batch
+        if (number ? !over(number) : !skip(depth + 1)) return false;
+      }
       return true;
     }
     if ((kind & 0xF0) == 0x80 || kind == 0xDE || kind == 0xDF) {
@@ -95,6 +97,11 @@ class Reader {
   }
 
  private:
+  // 0 for what is no unsigned number.
+  static size_t bytes_of_number(unsigned char kind) {
+    if (kind < 0x80) return 1;
+    return kind >= 0xCC && kind <= 0xCF ? (size_t{1} << (kind - 0xCC)) + 1 : 0;
+  }
   size_t left() const { return static_cast<size_t>(end_ - at_); }
   bool over(std::uint64_t bytes) {
     if (bytes > left()) return false;
