@@ -251,7 +251,9 @@ def _event_hashes(names: Sequence[str], salted: _Salted | None, page_size: int) 
     if salted is not None:
         # Narrowed once, outside the interpreter; hashing takes this type as it is.
         tokens = array("I")
-        tokens.frombytes(torch.frombuffer(salted.token_ids, dtype=torch.int64).to(torch.int32).numpy())
+        tokens.frombytes(
+            torch.frombuffer(salted.token_ids, dtype=torch.int64).to(torch.int32).numpy().tobytes()
+        )
         tree = blocks.block_digests(tokens, page_size, seed=blocks.storage_namespace_seed(None, salted.salt))
         said = blocks.block_digests(tokens, page_size, seed=blocks.event_namespace_seed(salted.salt))
         of = dict(zip(tree, said, strict=True))

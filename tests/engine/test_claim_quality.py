@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
+import zmq
 
 from cache_service.core import blocks
 from cache_service.core.ids import Namespace
@@ -33,7 +35,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "swa": {"page_size": 16, "max_total_tokens": 4096, "swa_full_tokens_ratio": 0.2},
 }
-REQUESTS = 80
+REQUESTS = 70
 MAX_PROMPT = 1200
 
 
@@ -64,6 +66,15 @@ class EngineWorker:
         }
         return json.dumps(stock)
 
+    def nothing_since(self, seq: int) -> bool:
+        """Whether the worker has published nothing from a sequence number on."""
+        with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+            dealer.linger = 0
+            dealer.connect(str(self.config()["replay"]))
+            dealer.send_multipart([b"", seq.to_bytes(8, "big")])
+            assert dealer.poll(20_000), "no answer to a replay request"
+            return dealer.recv_multipart()[-1] == b""
+
     def config(self) -> dict[str, object]:
         ours = self.format == "prfaas"
         return {
@@ -82,6 +93,7 @@ class Watched:
 
     server: Server
     cache: CacheProcess
+    worker: EngineWorker
     page_size: int
 
     async def claim(self, prompt: list[int], salt: str | None = None) -> tuple[int, int]:
@@ -94,15 +106,19 @@ class Watched:
         return (holder.matched_tokens, holder.usable_tokens) if holder else (0, 0)
 
     async def settled(self) -> None:
-        """Await that nothing more comes: the engine publishes soon after its answer."""
-        before = None
-        for _ in range(200):
-            now = (await self.cache.client.stats()).sources[0].next_seq
-            if now == before:
-                return
-            before = now
-            await asyncio.sleep(0.05)
-        pytest.fail("the stream does not come to rest")
+        """Await that the service knows what the engine did."""
+        # The engine publishes when it idles: the second answer comes from a later turn of its loop than that.
+        for _ in range(2):
+            await asyncio.to_thread(self.ask_engine)
+
+        async def caught_up() -> bool:
+            next_seq = (await self.cache.client.stats()).sources[0].next_seq
+            return await asyncio.to_thread(self.worker.nothing_since, next_seq)
+
+        await until(caught_up, "the service to catch up")
+
+    def ask_engine(self) -> None:
+        requests.get(f"{self.server.url}/server_info", timeout=30).raise_for_status()
 
     async def generate(self, prompt: list[int], new_tokens: int = 8, **body: Any) -> Answer:
         answer = await asyncio.to_thread(self.server.generate, prompt, new_tokens, **body)
@@ -127,7 +143,7 @@ async def watched(
                 return (await cache.client.stats()).sources[0].state.name == "LIVE"
 
             await until(live, "the stream to be live")
-            yield Watched(server, cache, page_size)
+            yield Watched(server, cache, worker, page_size)
         finally:
             await cache.close()
 
@@ -224,4 +240,9 @@ async def test_stock_events_of_a_hybrid_model_claim_nothing(
     worker = EngineWorker(format="sglang")
     async with watched(serve, model, tmp_path, worker, **FAMILIES["gdn"]) as pair:
         await pair.generate(prompt)
+
+        async def known() -> bool:
+            return await pair.claim(prompt) != (0, 0)
+
+        await until(known, "the prompt to be known")
         assert await pair.claim(prompt) == (256, 0)
