@@ -22,7 +22,7 @@ from cache_service.metrics import IndexMetrics
 from cache_service.native import AnyBatch, apply_batch, core_name, decode_batch, make_index
 from cache_service.replication.publisher import Publisher
 from cache_service.replication.replica import Claims, Indexes
-from cache_service.store import DeltaLog, LogWriter
+from cache_service.store import DeltaLog, InProcessLog, LogWriter
 
 
 class UnknownNamespace(PrfaasError):
@@ -34,17 +34,23 @@ class UnknownNamespace(PrfaasError):
 class IndexState:
     """The index of one namespace: the configured workers' event streams, and what other sites publish.
 
-    `attach` says where changes go: by default to the log as they are, all of them.
+    `attach` says where changes go: by default to `log` as they are, all of them; None for nowhere.
     """
 
     def __init__(
-        self, namespace: Namespace, sites: Mapping[SourceId, SiteId], log: DeltaLog, metrics: IndexMetrics
+        self,
+        namespace: Namespace,
+        sites: Mapping[SourceId, SiteId],
+        log: DeltaLog | None,
+        metrics: IndexMetrics,
     ) -> None:
         self.namespace = namespace
         self.index = make_index()
         self.indexes = Indexes(self.index)
         self.claims = Claims(dict(sites))
-        self.writer = LogWriter(log, self.index)
+        self.writer = LogWriter(log or InProcessLog(), self.index)
+        #: Whether anybody reads what goes into the log.
+        self._logged = log is not None
         self.metrics = metrics
         self._publisher: Publisher | None = None
         self._published_site: SiteId | None = None
@@ -93,7 +99,7 @@ class IndexState:
         self.metrics.applied(site, applied)
         if not (applied.stored or applied.removed):
             return
-        published = self._publisher is None or site == self._published_site
+        published = self._logged if self._publisher is None else site == self._published_site
         if not (published or self.history.wanted):
             return
         event = make_event()
@@ -101,9 +107,11 @@ class IndexState:
             event = replace(event, hashes=event.hashes[: -applied.conflicts] or event.hashes)
         if self.history.wanted:
             self._remember(source, event)
+        if not published:
+            return
         if self._publisher is None:
             self.writer.add((source, event))
-        elif published:
+        else:
             self._publisher.add((source, event))
 
     def _remember(self, source: SourceId, event: Event) -> None:
