@@ -31,7 +31,7 @@ from cache_service.replication.over_peers import PeerReplication
 from cache_service.replication.publisher import Publisher
 from cache_service.service import PrefixIndexService
 from cache_service.state import IndexState
-from cache_service.store import DeltaLog, InProcessLog
+from cache_service.store import DeltaLog
 from cache_service.wire import cache_pb2_grpc, codec
 
 log = logging.getLogger(__name__)
@@ -58,9 +58,7 @@ class CacheServer:
     def __init__(self, config: CacheConfig, log_store: DeltaLog | None = None) -> None:
         self._config = config
         self._registry = CollectorRegistry()
-        self.state = IndexState(
-            config.key(), config.sites(), log_store or InProcessLog(), IndexMetrics(self._registry)
-        )
+        self.state = IndexState(config.key(), config.sites(), log_store, IndexMetrics(self._registry))
         self._service = PrefixIndexService(self.state, self.stats)
         self.state.metrics.observe_following(lambda: self._service.watchers, lambda: len(self.state.hot))
         self.replication: EtcdReplication | PeerReplication | None = None

@@ -23,7 +23,7 @@ from cache_service.metrics import IndexMetrics
 from cache_service.native import AnyBatch, apply_batch, core_name, decode_batch, make_index
 from cache_service.replication.publisher import Publisher
 from cache_service.replication.replica import Claims, Indexes
-from cache_service.store import DeltaLog, LogWriter
+from cache_service.store import DeltaLog, InProcessLog, LogWriter
 
 
 class UnknownNamespace(PrfaasError):
@@ -35,17 +35,23 @@ class UnknownNamespace(PrfaasError):
 class IndexState:
     """The index of one namespace: the configured workers' event streams, and what other sites publish.
 
-    `attach` says where changes go: by default to the log as they are, all of them.
+    `attach` says where changes go: by default to `log` as they are, all of them; None for nowhere.
     """
 
     def __init__(
-        self, namespace: Namespace, sites: Mapping[SourceId, SiteId], log: DeltaLog, metrics: IndexMetrics
+        self,
+        namespace: Namespace,
+        sites: Mapping[SourceId, SiteId],
+        log: DeltaLog | None,
+        metrics: IndexMetrics,
     ) -> None:
         self.namespace = namespace
         self.index = make_index()
         self.indexes = Indexes(self.index)
         self.claims = Claims(dict(sites))
-        self.writer = LogWriter(log, self.index)
+        self.writer = LogWriter(log or InProcessLog(), self.index)
+        #: Whether anybody reads what goes into the log.
+        self._logged = log is not None
         self.metrics = metrics
         self._publisher: Publisher | None = None
         self._published_site: SiteId | None = None
@@ -94,8 +100,7 @@ class IndexState:
         self.metrics.applied(site, applied)
         if not (applied.stored or applied.removed):
             return
-        published = self._publisher is None or site == self._published_site
-        if not (published or self.history.wanted):
+        if not (self._told(source) or self.history.wanted):
             return
         event = make_event()
         if applied.conflicts and isinstance(event, BlocksStored):
@@ -104,10 +109,18 @@ class IndexState:
             self._remember(source, event)
         self._tell(source, event)
 
+    def _told(self, source: SourceId) -> bool:
+        """Say whether anybody beyond this service is told what happens to a source."""
+        if self._publisher is None:
+            return self._logged
+        return self._sites[source] == self._published_site
+
     def _tell(self, source: SourceId, event: Event | Declared) -> None:
+        if not self._told(source):
+            return
         if self._publisher is None:
             self.writer.add((source, event))
-        elif self._sites[source] == self._published_site:
+        else:
             self._publisher.add((source, event))
 
     def declare(self, source: SourceId, needs: Needs) -> None:
