@@ -261,7 +261,8 @@ class SourceStream:
                 request = worker_events.dump_request(dump, page)
                 await dealer.send_multipart([b"", *request], zmq.NOBLOCK)
                 wait_s = self._config.replay_timeout_s if page else _DUMP_WAIT_S
-                frames = await asyncio.wait_for(dealer.recv_multipart(), wait_s)
+                async with asyncio.timeout(wait_s):  # not wait_for: see _replay_round
+                    frames = await dealer.recv_multipart()
                 found = worker_events.decode_page(frames[-1], page_size=self._index.namespace.page_size)
                 if found.page != page or found.pages < 1 or (page and found.dump != dump):
                     raise RemoteProtocolError(f"page {page} of dump {dump} is gone", reason="dump_gone")
