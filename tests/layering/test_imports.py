@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import sys
 from pathlib import Path
 
@@ -63,7 +64,13 @@ HARD_LIMIT_LINES = 500
 def imports(path: Path) -> set[str]:
     """Return the dotted names that a file imports anywhere, function bodies included."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    # CPython 3.11 fails with SystemError when a collection inside ast.parse runs somebody's finalizer.
+    gc.disable()
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    finally:
+        gc.enable()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
