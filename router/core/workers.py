@@ -86,19 +86,22 @@ class Pool:
     worker's newest is dropped when it comes to the top.
     """
 
-    __slots__ = ("_heap", "_newest", "members")
+    __slots__ = ("_heap", "_newest", "_order", "members")
 
     def __init__(self) -> None:
         self.members: dict[WorkerId, WorkerState] = {}
+        self._order: list[WorkerState] = []
         self._newest: dict[WorkerId, tuple[float, int, int, WorkerId]] = {}
         self._heap: list[tuple[tuple[float, int, int, WorkerId], WorkerState]] = []
 
     def add(self, worker: WorkerState) -> None:
         self.members[worker.worker_id] = worker
+        self._order.append(worker)
         self.touch(worker)
 
     def remove(self, worker: WorkerState) -> None:
         del self.members[worker.worker_id]
+        self._order.remove(worker)
         self._newest.pop(worker.worker_id, None)
 
     def touch(self, worker: WorkerState) -> None:
@@ -127,6 +130,10 @@ class Pool:
             return heap[0][1]
         left = [key for worker_id, key in newest.items() if worker_id not in excluded]
         return self.members[min(left)[3]] if left else None
+
+    def at(self, index: int) -> WorkerState:
+        """Return member number `index`, in the order they were added."""
+        return self._order[index]
 
     def usable(self, excluded: Collection[WorkerId] = ()) -> Iterator[WorkerState]:
         """Yield every healthy worker that is not excluded, in the order they were added."""

@@ -1,0 +1,142 @@
+"""`ttft`: the way with the least predicted time to first token, over all sites and all places of the cache.
+
+For home and for every remote site whose link has room: its least loaded worker and those with the longest
+prefixes, each with the cache it has, and, where the fleet can move caches, its least loaded worker after it
+fetched the longest prefix of anybody. The score of a way is its predicted TTFT, plus `work_weight` x its
+prefill seconds (others wait for them), plus `cost_weight_s` x its price. Home keeps the request unless another
+way is better by the margins, and so does the worker of the session's last request: near-ties do not bounce.
+
+Not looked at, because it cannot win: a site whose link alone takes longer than the best way so far, and a
+holder that has both a shorter prefix and no shorter queue than another of its site.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cache_service.core.ids import SiteId
+from router.core.decision import Decision, LinkState, Reason
+from router.core.policies.options import Option, Ways
+from router.core.workers import WorkerState
+
+
+@dataclass(slots=True)
+class _Found:
+    """The best way so far; `pull_from` is whose prefix it fetches first."""
+
+    score: float = math.inf
+    worker: WorkerState | None = None
+    link: LinkState | None = None
+    pull_from: WorkerState | None = None
+
+
+def decide(ways: Ways) -> Decision:
+    """Return the route of least score."""
+    policy = ways.policy
+    longest = _longest(ways) if policy.can_pull else None
+    home = _Found()
+    _look(ways, ways.request.home, None, longest, home)
+    best = _Found(home.score, home.worker)
+    busy: list[tuple[float, SiteId, LinkState]] = []
+    for site, link in ways.remote_sites():
+        backlog_s = link.backlog_s()
+        if backlog_s >= policy.max_link_wait_s:
+            busy.append((backlog_s, site, link))
+        elif backlog_s + link.rtt_s < best.score:
+            _look(ways, site, link, longest, best)
+    if best.worker is None and busy:  # nothing at home and no link with room: the least busy one
+        _, site, link = min(busy, key=lambda entry: entry[:2])
+        _look(ways, site, link, longest, best)
+        return _decided(ways, best, Reason.LOCAL_UNAVAILABLE)
+    if home.worker is None:
+        return _decided(ways, best, Reason.LOCAL_UNAVAILABLE)
+    if best.link is None:
+        return _decided(ways, home, Reason.LINK_BUSY if busy else Reason.LEAST_TTFT)
+    if not _better(ways, best.score, home.score):
+        return _decided(ways, home, Reason.WITHIN_MARGIN)
+    return _decided(ways, best, Reason.LEAST_TTFT)
+
+
+def _decided(ways: Ways, found: _Found, reason: Reason) -> Decision:
+    if found.worker is None:
+        return ways.decided(None, reason)
+    option = ways.option(found.worker, found.link)
+    if found.pull_from is not None:
+        option = ways.pulled(found.worker, found.link, found.pull_from) or option
+    return ways.decided(_sticky(ways, option, found.score), reason)
+
+
+def _better(ways: Ways, found: float, than: float) -> bool:
+    """Say whether a score is lower by both margins."""
+    policy = ways.policy
+    return found + policy.margin_s < than and found < than * (1.0 - policy.margin_ratio)
+
+
+def _score(ways: Ways, option: Option) -> float:
+    policy, terms = ways.policy, option.terms
+    return terms.ttft_s + policy.work_weight * terms.prefill_s + policy.cost_weight_s * option.cost
+
+
+def _sticky(ways: Ways, option: Option, found: float) -> Option:
+    """Return the session's last worker instead of `option` if that one, of its site, is not clearly better."""
+    request = ways.request
+    previous = None if request.previous is None else ways.fleet.workers.get(request.previous)
+    if previous is None or previous is option.worker or previous.site != option.worker.site:
+        return option
+    if option.pull is not None or not previous.healthy or previous.worker_id in request.excluded:
+        return option
+    stay = ways.option(previous, option.link)
+    return option if _better(ways, found, _score(ways, stay)) else stay
+
+
+def _longest(ways: Ways) -> WorkerState | None:
+    """Return a usable worker with the longest prefix of all sites."""
+    best: WorkerState | None = None
+    for site in ways.match.by_site:
+        worker = next(ways.holders(site), None)  # the first of a site is its longest
+        if worker is not None and (best is None or ways.matched(worker) > ways.matched(best)):
+            best = worker
+    return best
+
+
+def _look(ways: Ways, site: SiteId, link: LinkState | None, longest: WorkerState | None, best: _Found) -> None:
+    """Improve `best` by the ways inside one site. Plain numbers only: this is what a decision's time goes to."""
+    least = ways.least(site)
+    if least is None:
+        return
+    now_s = ways.now_s
+    tried = _try(ways, least, link, ways.matched(least), least.wait_s(now_s), best)
+    if site in ways.match.by_site:
+        shortest_s = math.inf
+        for worker in ways.holders(site):
+            wait_s = worker.wait_s(now_s)
+            if wait_s < shortest_s:  # else one with a longer prefix is free no later
+                shortest_s = wait_s
+                if worker is not least:
+                    _try(ways, worker, link, ways.matched(worker), wait_s, best)
+    if longest is None or ways.matched(longest) <= ways.matched(least):
+        return
+    # Fetching takes bytes and seconds: no use where the rest of the way is no better than the best.
+    if tried - ways.prefill_s(least, ways.matched(least)) < best.score:
+        option = ways.pulled(least, link, longest)
+        if option is not None and (found := _score(ways, option)) < best.score:
+            best.score, best.worker, best.link, best.pull_from = found, least, link, longest
+
+
+def _try(
+    ways: Ways, worker: WorkerState, link: LinkState | None, matched: int, wait_s: float, best: _Found
+) -> float:
+    """Return the score of one way without a pull (as `_score` of its option); take it into `best`."""
+    policy = ways.policy
+    prefill_s = ways.prefill_s(worker, matched)
+    found = wait_s + prefill_s
+    if link is not None:
+        sent = ways.wire_bytes(worker.profile)
+        found = ways.arrival_s(worker, link, wait_s, found, sent)
+        if policy.cost_weight_s:
+            found += policy.cost_weight_s * link.price(sent)
+    found += policy.work_weight * prefill_s
+    if found < best.score:
+        best.score, best.worker, best.link, best.pull_from = found, worker, link, None
+    return found
