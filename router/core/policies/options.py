@@ -28,7 +28,7 @@ from router.core.profile import ModelProfile
 from router.core.workers import Fleet, WorkerState
 
 #: Holders of one site that are looked at, longest prefix first: more are equals nearly always.
-HOLDERS = 8
+HOLDERS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,7 @@ class Ways:
     __slots__ = (
         "_bytes",
         "_held",
+        "_holders",
         "_seconds",
         "decode",
         "fleet",
@@ -75,6 +76,7 @@ class Ways:
         # Many workers share a profile, and most hold nothing: the same figures again and again.
         self._bytes: dict[int, float] = {}
         self._seconds: dict[tuple[int, int], float] = {}
+        self._holders: dict[SiteId, list[WorkerState]] = {}
 
     def _decode(self) -> WorkerState:
         request = self.request
@@ -97,20 +99,22 @@ class Ways:
         """Return the usable match at `worker`, never the whole prompt (one token is always computed)."""
         return max(0, min(self.match.usable.get(worker.worker_id, 0), self.request.total_tokens - 1))
 
-    def holders(self, site: SiteId) -> Iterator[WorkerState]:
-        """Yield the usable workers of `site` with the longest prefixes, at most HOLDERS."""
-        pool = self.fleet.prefill.get(site)
-        if pool is None:
-            return
-        seen = 0
-        excluded = self.request.excluded
-        for worker_id in self.match.by_site.get(site, ()):
-            worker = pool.members.get(worker_id)
-            if worker is not None and worker.healthy and worker_id not in excluded:
-                yield worker
-                seen += 1
-                if seen == HOLDERS:
-                    return
+    def holders(self, site: SiteId) -> list[WorkerState]:
+        """Return the usable workers of `site` with the longest prefixes, at most HOLDERS."""
+        found = self._holders.get(site)
+        if found is not None:
+            return found
+        found = self._holders[site] = []
+        pool, claims = self.fleet.prefill.get(site), self.match.by_site.get(site)
+        if pool is not None and claims is not None:
+            excluded = self.request.excluded
+            for worker_id in claims:
+                worker = pool.members.get(worker_id)
+                if worker is not None and worker.healthy and worker_id not in excluded:
+                    found.append(worker)
+                    if len(found) == HOLDERS:
+                        break
+        return found
 
     def least(self, site: SiteId) -> WorkerState | None:
         """Return the least loaded usable prefill worker of `site`."""

@@ -31,6 +31,15 @@ class _Found:
     pull_from: WorkerState | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Longest:
+    """A holder of the longest prefix, and what it is to fetch it."""
+
+    worker: WorkerState
+    tokens: int
+    wire_bytes: float
+
+
 def decide(ways: Ways) -> Decision:
     """Return the route of least score."""
     policy = ways.policy
@@ -90,53 +99,78 @@ def _sticky(ways: Ways, option: Option, found: float) -> Option:
     return option if _better(ways, found, _score(ways, stay)) else stay
 
 
-def _longest(ways: Ways) -> WorkerState | None:
-    """Return a usable worker with the longest prefix of all sites."""
+def _longest(ways: Ways) -> _Longest | None:
+    """Return a usable worker with the longest prefix of all sites, None when nobody holds anything."""
     best: WorkerState | None = None
     for site in ways.match.by_site:
-        worker = next(ways.holders(site), None)  # the first of a site is its longest
-        if worker is not None and (best is None or ways.matched(worker) > ways.matched(best)):
-            best = worker
-    return best
+        found = ways.holders(site)  # the first of a site is its longest
+        if found and (best is None or ways.matched(found[0]) > ways.matched(best)):
+            best = found[0]
+    if best is None or best.profile is None:
+        return None
+    tokens = ways.matched(best)
+    return _Longest(best, tokens, best.profile.kv_bytes(tokens))
 
 
-def _look(ways: Ways, site: SiteId, link: LinkState | None, longest: WorkerState | None, best: _Found) -> None:
-    """Improve `best` by the ways inside one site. Plain numbers only: this is what a decision's time goes to."""
+def _look(
+    ways: Ways, site: SiteId, link: LinkState | None, longest: _Longest | None, best: _Found
+) -> None:
+    """Improve `best` by the ways inside one site. Plain numbers only: a decision's time is spent here."""
     least = ways.least(site)
     if least is None:
         return
-    now_s = ways.now_s
-    tried = _try(ways, least, link, ways.matched(least), least.wait_s(now_s), best)
-    if site in ways.match.by_site:
-        shortest_s = math.inf
-        for worker in ways.holders(site):
-            wait_s = worker.wait_s(now_s)
-            if wait_s < shortest_s:  # else one with a longer prefix is free no later
-                shortest_s = wait_s
-                if worker is not least:
-                    _try(ways, worker, link, ways.matched(worker), wait_s, best)
-    if longest is None or ways.matched(longest) <= ways.matched(least):
-        return
-    # Fetching takes bytes and seconds: no use where the rest of the way is no better than the best.
-    if tried - ways.prefill_s(least, ways.matched(least)) < best.score:
-        option = ways.pulled(least, link, longest)
-        if option is not None and (found := _score(ways, option)) < best.score:
-            best.score, best.worker, best.link, best.pull_from = found, least, link, longest
+    now_s, usable, cap = ways.now_s, ways.match.usable, ways.request.total_tokens - 1
+    matched = min(usable.get(least.worker_id, 0), cap)
+    wait_s = least.wait_s(now_s)
+    _try(ways, least, link, matched, wait_s, best)
+    if longest is not None and longest.tokens > matched:
+        _try_pull(ways, least, link, longest, wait_s, best)
+    shortest_s = math.inf
+    for worker in ways.holders(site):
+        wait_s = worker.wait_s(now_s)
+        if wait_s < shortest_s:  # else one with a longer prefix is free no later
+            shortest_s = wait_s
+            if wait_s < best.score and worker is not least:
+                _try(ways, worker, link, min(usable[worker.worker_id], cap), wait_s, best)
 
 
 def _try(
-    ways: Ways, worker: WorkerState, link: LinkState | None, matched: int, wait_s: float, best: _Found
-) -> float:
-    """Return the score of one way without a pull (as `_score` of its option); take it into `best`."""
+    ways: Ways, worker: WorkerState, link: LinkState | None, matched: int, start_s: float, best: _Found
+) -> bool:
+    """Take one way into `best` if it is better: a prefill from `start_s` on, with `matched` tokens there.
+
+    The score is `_score` of the way's option.
+    """
     policy = ways.policy
     prefill_s = ways.prefill_s(worker, matched)
-    found = wait_s + prefill_s
+    found = start_s + prefill_s * (1.0 + policy.work_weight)
+    if found >= best.score:
+        return False
     if link is not None:
         sent = ways.wire_bytes(worker.profile)
-        found = ways.arrival_s(worker, link, wait_s, found, sent)
+        found += ways.arrival_s(worker, link, start_s, start_s + prefill_s, sent) - start_s - prefill_s
         if policy.cost_weight_s:
             found += policy.cost_weight_s * link.price(sent)
-    found += policy.work_weight * prefill_s
-    if found < best.score:
-        best.score, best.worker, best.link, best.pull_from = found, worker, link, None
-    return found
+        if found >= best.score:
+            return False
+    best.score, best.worker, best.link, best.pull_from = found, worker, link, None
+    return True
+
+
+def _try_pull(
+    ways: Ways, worker: WorkerState, link: LinkState | None, longest: _Longest, wait_s: float, best: _Found
+) -> None:
+    """Take the way into `best` in which `worker` first fetches the longest prefix of anybody."""
+    holder = longest.worker
+    pull_s = cost = 0.0
+    if holder.site != worker.site:
+        way = ways.links.get((holder.site, worker.site))
+        if way is None or not way.usable:
+            return
+        pull_s = way.rtt_s + way.backlog_s() + longest.wire_bytes / way.rate_bytes_per_s
+        cost = ways.policy.cost_weight_s * way.price(longest.wire_bytes)
+    if pull_s + cost >= best.score:
+        return
+    trial = _Found(best.score - cost)
+    if _try(ways, worker, link, longest.tokens, max(wait_s, pull_s), trial):
+        best.score, best.worker, best.link, best.pull_from = trial.score + cost, worker, link, holder
