@@ -88,7 +88,7 @@ def _score(ways: Ways, option: Option) -> float:
 
 
 def _sticky(ways: Ways, option: Option, found: float) -> Option:
-    """Return the session's last worker instead of `option` if that one, of its site, is not clearly better."""
+    """Return the way through the session's last worker of that site, unless it is clearly worse."""
     request = ways.request
     previous = None if request.previous is None else ways.fleet.workers.get(request.previous)
     if previous is None or previous is option.worker or previous.site != option.worker.site:
