@@ -200,7 +200,9 @@ class Ways:
         transfer_s = sent / link.rate_bytes_per_s
         chunks = worker.chunk_tokens / self.request.total_tokens
         ready_s = computed_s + (transfer_s * chunks if chunks < 1.0 else transfer_s)
-        under_way = link.committed_bytes if link.committed_bytes > link.in_flight_bytes else link.in_flight_bytes
+        under_way = (
+            link.committed_bytes if link.committed_bytes > link.in_flight_bytes else link.in_flight_bytes
+        )
         backlog_s = under_way / link.rate_bytes_per_s
         linked_s = (backlog_s if backlog_s > start_s else start_s) + transfer_s
         return (ready_s if ready_s > linked_s else linked_s) + link.rtt_s

@@ -112,9 +112,7 @@ def _longest(ways: Ways) -> _Longest | None:
     return _Longest(best, tokens, best.profile.kv_bytes(tokens))
 
 
-def _look(
-    ways: Ways, site: SiteId, link: LinkState | None, longest: _Longest | None, best: _Found
-) -> None:
+def _look(ways: Ways, site: SiteId, link: LinkState | None, longest: _Longest | None, best: _Found) -> None:
     """Improve `best` by the ways inside one site. Plain numbers only: a decision's time is spent here."""
     least = ways.least(site)
     if least is None:
