@@ -1,16 +1,16 @@
 """Who may start now: budgets of links and decode workers, and a fair order for those who wait.
 
-A ticket asks for bytes of one link (or none) and pages of one decode worker. It is admitted when both fit, else
-it waits, in three levels: classes share by weight, the more urgent first; tenants inside a class take turns by
-deficit (surplus round robin: a turn may overdraw, and is paid back before the next one); a tenant's own tickets
-go by deadline. Whoever is next but does not fit keeps what it lacks from everybody behind it, so large requests
-are not overtaken for ever, and those that need something else go on; in the second half of its longest wait it
-keeps all that it needs.
+A ticket asks for bytes of one link (or none) and pages of one decode worker. It is admitted when both fit,
+else it waits, in three levels: classes share by weight, the more urgent first; tenants inside a class take
+turns by deficit (surplus round robin: a turn may overdraw, and is paid back before the next one); a tenant's
+own tickets go by deadline. Whoever is next but does not fit keeps what it lacks from everybody behind it, so
+large requests are not overtaken for ever, and those that need something else go on; in the second half of its
+longest wait it keeps all that it needs.
 
     event                                                   outcome
     fits, and nobody before it lacks the same               ADMIT
     does not fit                                            WAIT (queue has room) or REJECT (it has not)
-    waits, and its time to go over the link has run out     LOCAL when it may: no link, same queue for the pages
+    waits, and its time to go over the link has run out     LOCAL if it may: no link, but still the pages
     waits past its class's longest wait                     REJECT, with a Retry-After
     asks for more pages than the worker has in all          REJECT at once
     asks for more bytes than the link's whole budget        admitted when it can have the link to itself
@@ -138,7 +138,7 @@ class _Class:
 
 
 class AdmissionQueue:
-    """Budgets, reservations and the queue. `offer`, then `poll` whenever something was freed or time passed."""
+    """Budgets, reservations and the queue. `offer`, then `poll` as time passes."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
@@ -150,7 +150,7 @@ class AdmissionQueue:
         self._waiting_on: dict[Hashable, int] = {}
         self._arrivals = 0
 
-    # --- budgets -----------------------------------------------------------------------------------------
+    # --- budgets --------------------------------------------------------------------------------------
 
     def set_link(self, link: Hashable, budget_bytes: float, bytes_per_s: float) -> None:
         """Say how many bytes may be under way on a link, and how fast it carries them."""
@@ -172,7 +172,7 @@ class AdmissionQueue:
             name: sum(len(t.queue) for t in entry.tenants.values()) for name, entry in self._classes.items()
         }
 
-    # --- in and out ----------------------------------------------------------------------------------------
+    # --- in and out -----------------------------------------------------------------------------------
 
     def offer(self, ticket: Ticket, now_s: float) -> list[Result]:
         """Take a ticket in; return its outcome (WAIT among them) and those of others that this settled.
@@ -239,7 +239,7 @@ class AdmissionQueue:
                 break  # everybody needs pages
         return results
 
-    # --- order ---------------------------------------------------------------------------------------------
+    # --- order ----------------------------------------------------------------------------------------
 
     def _next(self, passed: dict[tuple[RequestClass, str], int]) -> _Waiting | None:
         """Return whose turn it is; `passed` counts those of each tenant that had theirs in this round."""
@@ -269,7 +269,7 @@ class AdmissionQueue:
         return now_s - ticket.arrived_s >= 0.5 * self.limits.max_wait_s[ticket.request_class]
 
     def _charge(self, entry: _Waiting) -> None:
-        """Take the cost from the tenant and its class; when all who wait have nothing left, all get a turn."""
+        """Take the cost from the tenant and its class; when no one waiting has any left, all get a turn."""
         ticket, quantum = entry.ticket, self.limits.quantum
         group = self._classes[ticket.request_class]
         tenant = group.tenants[ticket.tenant]
@@ -290,7 +290,7 @@ class AdmissionQueue:
             for weight, c in waiting:
                 c.deficit += turns * weight * quantum
 
-    # --- resources -------------------------------------------------------------------------------------------
+    # --- resources ------------------------------------------------------------------------------------
 
     def _needs(self, entry: _Waiting) -> Iterator[tuple[str, Hashable]]:
         yield "decode", entry.ticket.decode
@@ -343,7 +343,7 @@ class AdmissionQueue:
             budget.since_s = now_s - (now_s - budget.since_s) / 2
         budget.freed += units
 
-    # --- the queue -------------------------------------------------------------------------------------------
+    # --- the queue ------------------------------------------------------------------------------------
 
     def _enqueue(self, entry: _Waiting) -> None:
         ticket = entry.ticket

@@ -2,12 +2,12 @@
 
 One estimator for each direction of each pair of sites, feeding one LinkState. Rests on TCP's own signals
 (TCP_INFO, as prfaas_sglang/transfer/telemetry.py sums them up): a share of retransmitted bytes and a round
-trip grown above its least one say that a queue is filling somewhere, before goodput falls. Goodput is capacity
-only while bytes are waiting to be sent; an idle link says nothing and keeps its figure.
+trip grown above its least one say that a queue is filling somewhere, before goodput falls. Goodput is
+capacity only while bytes are waiting to be sent; an idle link says nothing and keeps its figure.
 
     state       event                                          next         rate
     CLEAR       loss or inflated round trip, bytes waiting     CONGESTED    cut to CUT x min(rate, goodput)
-    CLEAR       bytes waiting                                  CLEAR        follows goodput, down fast, up slowly
+    CLEAR       bytes waiting                                  CLEAR        goodput's, down fast, up slowly
     CLEAR       nothing waiting, or no news                    CLEAR        as it is
     CONGESTED   loss or inflated round trip, bytes waiting     CONGESTED    cut again, once a CUT_PERIOD_S
     CONGESTED   CLEAN samples in a row without                 RECOVERING   as it is
@@ -28,8 +28,8 @@ from enum import StrEnum
 
 from router.core.decision import LinkState
 
-#: Retransmitted share of the bytes, and round trip over its least plus SLACK_S, that mean congestion. Measured
-#: on an emulated 1 Gbit/s, 40 ms path: 8.9 % and 2.0 unpaced, 0.0 % and 1.02 paced.
+#: Retransmitted share of the bytes, and round trip over its least plus SLACK_S, that mean congestion.
+#: Measured on an emulated 1 Gbit/s, 40 ms path: 8.9 % and 2.0 unpaced, 0.0 % and 1.02 paced.
 LOSS = 0.02
 INFLATION = 1.5
 SLACK_S = 0.005

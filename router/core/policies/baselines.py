@@ -7,9 +7,10 @@ inside the home site: the longest prefix, unless the queues are out of balance, 
 
 from __future__ import annotations
 
-from router.core.decision import Decision, Reason
+from router.core.decision import Decision, LinkState, Reason
 from router.core.policies.options import Ways
 from router.core.policies.prfaas import best_remote
+from router.core.workers import Pool
 
 
 def local(ways: Ways) -> Decision:
@@ -34,16 +35,19 @@ def remote(ways: Ways) -> Decision:
 def round_robin(ways: Ways) -> Decision:
     """Give the next worker its turn, unusable ones left out. O(1), or O(workers) when some are unusable."""
     request, fleet = ways.request, ways.fleet
-    pools = [(fleet.prefill[request.home], None)] if request.home in fleet.prefill else []
-    ways_in = [*pools, *((fleet.prefill[site], link) for site, link in ways.remote_sites())]
+    ways_in: list[tuple[Pool, LinkState | None]] = []
+    if request.home in fleet.prefill:
+        ways_in.append((fleet.prefill[request.home], None))
+    ways_in.extend((fleet.prefill[site], link) for site, link in ways.remote_sites())
     count = sum(len(pool.members) for pool, _ in ways_in)
     for step in range(count):
         at = (fleet.turn + step) % count
-        for pool, link in ways_in:
-            if at < len(pool.members):
-                worker = pool.at(at)
-                break
-            at -= len(pool.members)
+        place = 0
+        while at >= len(ways_in[place][0].members):
+            at -= len(ways_in[place][0].members)
+            place += 1
+        pool, link = ways_in[place]
+        worker = pool.at(at)
         if worker.healthy and worker.worker_id not in request.excluded:
             return ways.decided(ways.option(worker, link), Reason.IN_TURN)
     return ways.decided(None, Reason.IN_TURN)

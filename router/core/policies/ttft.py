@@ -3,8 +3,9 @@
 For home and for every remote site whose link has room: its least loaded worker and those with the longest
 prefixes, each with the cache it has, and, where the fleet can move caches, its least loaded worker after it
 fetched the longest prefix of anybody. The score of a way is its predicted TTFT, plus `work_weight` x its
-prefill seconds (others wait for them), plus `cost_weight_s` x its price. Home keeps the request unless another
-way is better by the margins, and so does the worker of the session's last request: near-ties do not bounce.
+prefill seconds (others wait for them), plus `cost_weight_s` x its price. Home keeps the request unless
+another way is better by the margins, and so does the worker of the session's last request: near-ties do not
+bounce.
 
 Not looked at, because it cannot win: a site whose link alone takes longer than the best way so far, and a
 holder that has both a shorter prefix and no shorter queue than another of its site.
@@ -113,7 +114,7 @@ def _longest(ways: Ways) -> _Longest | None:
 
 
 def _look(ways: Ways, site: SiteId, link: LinkState | None, longest: _Longest | None, best: _Found) -> None:
-    """Improve `best` by the ways inside one site. Plain numbers only: a decision's time is spent here."""
+    """Improve `best` by the ways inside one site. Plain numbers: time is spent here."""
     least = ways.least(site)
     if least is None:
         return
