@@ -38,6 +38,8 @@ class Match:
     reason: str = ""
     #: Best usable tokens of each worker (over its ranks), only where above 0.
     usable: Mapping[WorkerId, int] = field(init=False, repr=False, compare=False)
+    #: The best usable tokens of all.
+    longest_tokens: int = field(init=False, repr=False, compare=False)
     #: Workers of each site, longest usable prefix first, then by name.
     by_site: Mapping[SiteId, Sequence[WorkerId]] = field(init=False, repr=False, compare=False)
 
@@ -52,6 +54,7 @@ class Match:
         for worker_id in sorted(usable, key=lambda w: (-usable[w], w)):
             by_site.setdefault(site_of[worker_id], []).append(worker_id)
         object.__setattr__(self, "usable", usable)
+        object.__setattr__(self, "longest_tokens", max(usable.values(), default=0))
         object.__setattr__(self, "by_site", by_site)
 
     def usable_tokens(self, worker_id: WorkerId) -> int:

@@ -26,6 +26,9 @@ class Role(StrEnum):
 class WorkerState:
     """One worker as it is now; change it through its Fleet, or call `Fleet.touch` after.
 
+    The prefill workers of one site are taken to be of one chip type, as in the paper: among those that hold
+    nothing the least loaded one is looked at, whatever its profile.
+
     Attributes:
         profile: what the model costs on it, None when not known.
         chunk_tokens: its prefill chunk: KV of earlier chunks travels while the last is computed.
@@ -36,7 +39,6 @@ class WorkerState:
         total_pages, used_pages: KV pages of a decode worker; 0 pages in all means not known, not full.
         page_tokens: tokens of a page.
         assigned: requests given to it since the start; breaks ties in turn.
-        pace: seconds a prefill really takes for each predicted one.
     """
 
     worker_id: WorkerId
@@ -54,7 +56,6 @@ class WorkerState:
     used_pages: int = 0
     page_tokens: int = 1
     assigned: int = 0
-    pace: float = 1.0
 
     def wait_s(self, now_s: float) -> float:
         """Return how long a prefill given now waits for those before it: their work less what is done."""
@@ -63,10 +64,6 @@ class WorkerState:
         # The head counts as one mean job, and as done at most.
         done_s = min(self.queued_s / self.jobs, max(0.0, now_s - self.head_since_s))
         return max(0.0, self.queued_s - done_s)
-
-    def prefill_s(self, uncached: int, cached: int) -> float:
-        """Return the predicted seconds of a prefill, 0 without a profile."""
-        return 0.0 if self.profile is None else self.pace * self.profile.prefill_s(uncached, cached)
 
     def has_room(self, tokens: int) -> bool:
         """Say whether a decode worker has pages for `tokens`; always when its size is not known."""

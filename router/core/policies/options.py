@@ -28,7 +28,7 @@ from router.core.profile import ModelProfile
 from router.core.workers import Fleet, WorkerState
 
 #: Holders of one site that are looked at, longest prefix first: more are equals nearly always.
-HOLDERS = 6
+HOLDERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,7 @@ class Ways:
         "decode",
         "fleet",
         "links",
+        "longest_tokens",
         "match",
         "now_s",
         "policy",
@@ -71,6 +72,7 @@ class Ways:
         self.links = links
         self.policy = policy
         self.now_s = now_s
+        self.longest_tokens = max(0, min(match.longest_tokens, request.total_tokens - 1))
         self.decode = self._decode()
         self._held = self.matched(self.decode) if policy.held_by_decode else 0
         # Many workers share a profile, and most hold nothing: the same figures again and again.
@@ -137,9 +139,9 @@ class Ways:
         return best
 
     def remote_sites(self) -> Iterator[tuple[SiteId, LinkState]]:
-        """Yield every other site that prefills and has a usable link to the home site."""
+        """Yield every other site that prefills and has a usable link to the home site, by name."""
         home = self.request.home
-        for site in self.fleet.prefill:
+        for site in sorted(self.fleet.prefill):
             if site != home and (link := self.links.get((site, home))) is not None and link.usable:
                 yield site, link
 
@@ -165,7 +167,7 @@ class Ways:
         if seconds is None:
             uncached = self.request.total_tokens - matched
             seconds = self._seconds[key] = profile.prefill_s(uncached, matched)
-        return seconds * worker.pace
+        return seconds
 
     def option(self, worker: WorkerState, link: LinkState | None) -> Option:
         """Return the way through `worker` with the cache where it is; `link` is None at home."""

@@ -141,8 +141,13 @@ def _try(
     The score is `_score` of the way's option.
     """
     policy = ways.policy
+    work = 1.0 + policy.work_weight
+    # With the longest prefix of all it would be no slower, and that figure is the same for most workers.
+    least_s = start_s + ways.prefill_s(worker, ways.longest_tokens) * work
+    if least_s >= best.score or (link is not None and least_s + link.rtt_s >= best.score):
+        return False
     prefill_s = ways.prefill_s(worker, matched)
-    found = start_s + prefill_s * (1.0 + policy.work_weight)
+    found = start_s + prefill_s * work
     if found >= best.score:
         return False
     if link is not None:
