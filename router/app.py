@@ -55,7 +55,14 @@ def build(server: Server) -> web.Application:
             return web.json_response(
                 error_body("n: accepted are whole numbers >= 0", error_type(400), param="n"), status=400
             )
-        return web.json_response({"decisions": server.decisions.last(int(text))})
+        found = server.tuner.proposal
+        body = {
+            "policy": server.policy.name,
+            "threshold_tokens": server.policy.threshold_tokens,
+            "proposal": None if found is None else asdict(found),
+            "decisions": server.decisions.last(int(text)),
+        }
+        return web.json_response(body)
 
     app.router.add_get("/v1/models", models)
     app.router.add_get("/health", health)

@@ -80,6 +80,18 @@ class AdmissionConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=
     link_horizon_s: float = 4.0
 
 
+class TuneConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Long loop (docs/routing.md): needs profiles, with a decode rate for the home site's decode workers."""
+
+    enabled: bool = False
+    apply: bool = True
+    period_s: float = 60.0
+    min_requests: int = 200
+    min_gain: float = 0.02
+    damping: float = 0.5
+    cooldown_s: float = 900.0
+
+
 class WorkerConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One SGLang server. Prefill workers need the bootstrap address as decode workers reach it.
 
@@ -168,6 +180,7 @@ class RouterConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     workers: list[WorkerConfig]
     policy: PolicyConfig = PolicyConfig()
     admission: AdmissionConfig = AdmissionConfig()
+    tune: TuneConfig = TuneConfig()
     profiles: dict[str, str | dict[str, Any]] = {}
     decisions: int = 256
     index: str | list[str] | None = None
@@ -254,6 +267,11 @@ def _check_values(config: RouterConfig) -> None:
         for name in RequestClass:
             seconds = getattr(getattr(config.admission, field), name)
             _in_range(f"admission.{field}.{name}", seconds, 1e-3, 86400)
+    _in_range("tune.period_s", config.tune.period_s, 0.1, 86400)
+    _in_range("tune.min_requests", config.tune.min_requests, 1, 1 << 30)
+    _in_range("tune.min_gain", config.tune.min_gain, 0, 10)
+    _in_range("tune.damping", config.tune.damping, 0.01, 1)
+    _in_range("tune.cooldown_s", config.tune.cooldown_s, 0, 1e6)
     _in_range("decisions", config.decisions, 0, 1 << 20)
     _in_range("model.context_length", config.model.context_length, 2, 1 << 30)
     _in_range("model.page_size", config.model.page_size, 1, 65536)

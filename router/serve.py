@@ -48,6 +48,7 @@ from router.openai import (
 )
 from router.record import Outcome, Record
 from router.tokenize import TokenizerPool
+from router.tune import Tuner
 from router.upstream import Call, Exchange, Failure, Side, StreamBroken, Upstream
 from router.workers import Booking, WorkerTable
 
@@ -130,7 +131,11 @@ class Server:
             balance_abs=rule.balance_abs,
             balance_rel=rule.balance_rel,
         )
+        self.tuner = Tuner(config, table, self._set_threshold)
         self._sessions: OrderedDict[tuple[str, str], WorkerId] = OrderedDict()
+
+    def _set_threshold(self, tokens: int) -> None:
+        self.policy = replace(self.policy, threshold_tokens=tokens)
 
     async def handle(self, http: web.Request, api: Api) -> web.StreamResponse:
         """Answer one request; always ends in one log line."""
@@ -306,6 +311,7 @@ class Server:
             ends = (decision.prefill.site, decision.decode.site)
             self.metrics.wire_bytes.labels(*ends).inc(decision.wire_bytes)
             self.metrics.wire_cost.labels(*ends).inc(decision.cost)
+        self.tuner.observe(decision, request.total_tokens, request.output_tokens)
         self.decisions.add(request.request_id, request.request_class, request.total_tokens, decision)
         if request.session:
             self._sessions[request.tenant, request.session] = decision.prefill.worker_id

@@ -50,18 +50,17 @@ class Service:
         self.metrics.watch_queue(self._gate.queue.waiting_by_class, lambda: list(self._table.links.values()))
         self._upstream = Upstream(config.timeouts, config.limits, self.metrics)
         self._tokenizer = TokenizerPool(tokenizer, config.model.page_size, config.limits.tokenizer_threads)
-        self._app = build(
-            Server(
-                config,
-                tokenizer=self._tokenizer,
-                index=index,
-                table=self._table,
-                upstream=self._upstream,
-                metrics=self.metrics,
-                links=self._links,
-                gate=self._gate,
-            )
+        self._server = Server(
+            config,
+            tokenizer=self._tokenizer,
+            index=index,
+            table=self._table,
+            upstream=self._upstream,
+            metrics=self.metrics,
+            links=self._links,
+            gate=self._gate,
         )
+        self._app = build(self._server)
         self._runner = web.AppRunner(
             self._app,
             access_log=None,
@@ -74,6 +73,7 @@ class Service:
         await self._runner.setup()
         self._poller.start()
         self._gate.start()
+        self._server.tuner.start()
         host, port = split_address(self._config.listen, field="listen")
         await web.TCPSite(self._runner, host, port).start()
         address = self._runner.addresses[0]
@@ -89,6 +89,7 @@ class Service:
         await self._poller.stop()
         await self._runner.cleanup()
         await self._gate.stop()
+        await self._server.tuner.stop()
         await self._upstream.close()
         self._tokenizer.close()
         if self._index is not None:

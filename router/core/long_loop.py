@@ -6,8 +6,8 @@ sustain the most requests. A proposal says what it would gain. Prefill sites are
 
     nothing is proposed until `min_requests` were seen since the last change
     threshold    moves by `damping` of the way (in log space), when the whole way would gain `min_gain`
-    ratio        one worker at a time, when that gains `min_gain_ratio`, the busy stage agrees (its utilisation
-                 is above the other's), the same was wanted `agree` times in a row, and `cooldown_s` is over
+    ratio        one worker at a time, to the busier stage, when that gains `min_gain_ratio`, the same was
+                 wanted `agree` times in a row, and `cooldown_s` is over
 
 What was seen fades by half with each evaluation, so that a changed workload is followed. Pure: no clock.
 """
@@ -22,7 +22,7 @@ from router.core.optimum import by_grid
 from router.core.throughput import Stage, System, Throughput, split, throughput
 from router.core.workload import Histogram
 
-#: Bounds of the histogram: four to each doubling, 16 tokens to 4 Mi; shorter and longer ones count at the ends.
+#: Bounds of the histogram: four to each doubling, 16 tokens to 4 Mi; others count at the ends.
 BOUNDS = (0.0, *(16.0 * 2 ** (i / 4) for i in range(73)))
 
 
@@ -68,7 +68,7 @@ class Proposal:
 
 
 class LongLoop:
-    """Counts prompts as they come, and proposes when asked; the owner applies and says so by the next call."""
+    """Counts prompts as they come, and proposes when asked; its owner applies the proposal."""
 
     def __init__(self, limits: LoopLimits | None = None) -> None:
         self.limits = limits or LoopLimits()
@@ -81,9 +81,8 @@ class LongLoop:
 
     def observe(self, uncached_tokens: int, cached_tokens: int = 0) -> None:
         """Count one prompt: what the home site would have to compute of it, and what it holds."""
-        place = (
-            0 if uncached_tokens <= BOUNDS[1] else 1 + math.floor(4 * math.log2(uncached_tokens / BOUNDS[1]))
-        )
+        doublings = math.log2(max(uncached_tokens, 1) / BOUNDS[1])
+        place = 0 if doublings <= 0 else 1 + math.floor(4 * doublings)
         self._counts[min(place, len(self._counts) - 1)] += 1.0
         self._seen += 1
         self._cached += cached_tokens

@@ -29,7 +29,7 @@ def fed(loop: LongLoop, count: int = 4000, seed: int = 1) -> LongLoop:
 
 
 def test_the_threshold_walks_to_the_optimum_and_stays() -> None:
-    """From 2,000 tokens, by damped steps, to within the gain that is not worth a change; then nothing more."""
+    """From 2,000 tokens, by damped steps, to within the gain not worth a change; then nothing."""
     loop, threshold = LongLoop(), 2000
     gains = []
     for step in range(12):
