@@ -38,7 +38,8 @@ configuration file (JSON or YAML; unknown keys are refused):
   site: B                           # its decode workers serve the clients
   model: {name: tiny-gdn, path: /models/tiny-gdn, context_length: 4096, page_size: 64}
   index: 127.0.0.1:7001             # cache service; null routes without it
-  policy: {name: prfaas, threshold_tokens: 512}      # or local, remote
+  policy: {name: prfaas, threshold_tokens: 512}      # or ttft, local, remote,
+                                                             # round_robin, cache_aware
   workers:
     - {worker_id: a-prefill-0, site: A, role: prefill, url: "http://10.1.0.5:30001",
        bootstrap_host: 10.1.0.5, bootstrap_port: 8998}
@@ -52,7 +53,8 @@ configuration file (JSON or YAML; unknown keys are refused):
   log_level: INFO
 
 routes:
-  POST /v1/chat/completions, /v1/completions, /generate      GET /v1/models, /health, /metrics
+  POST /v1/chat/completions, /v1/completions, /generate      GET /v1/models, /health, /metrics,
+                                                             /decisions?n=100
 """
 
 

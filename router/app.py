@@ -15,7 +15,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from router.core.health import State
-from router.core.model import DecodeWorker, PrefillWorker
+from router.core.workers import Role
 from router.openai import Api, error_body, error_type
 from router.serve import PATHS, Server
 
@@ -49,9 +49,25 @@ def build(server: Server) -> web.Application:
         body = generate_latest(server.metrics.registry)
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
+    async def decisions(request: web.Request) -> web.Response:
+        text = request.query.get("n", "100")
+        if not text.isascii() or not text.isdigit() or len(text) > 9:
+            return web.json_response(
+                error_body("n: accepted are whole numbers >= 0", error_type(400), param="n"), status=400
+            )
+        found = server.tuner.proposal
+        body = {
+            "policy": server.policy.name,
+            "threshold_tokens": server.policy.threshold_tokens,
+            "proposal": None if found is None else asdict(found),
+            "decisions": server.decisions.last(int(text)),
+        }
+        return web.json_response(body)
+
     app.router.add_get("/v1/models", models)
     app.router.add_get("/health", health)
     app.router.add_get("/metrics", metrics)
+    app.router.add_get("/decisions", decisions)
     return app
 
 
@@ -67,7 +83,6 @@ def _health(server: Server, *, draining: bool) -> web.Response:
     now_s = asyncio.get_running_loop().time()
     view = server.table.view(now_s)
     in_flight = server.table.in_flight()
-    every: list[PrefillWorker | DecodeWorker] = [*view.prefill, *view.decode]
     workers = {
         worker.worker_id: {
             "site": worker.site,
@@ -75,16 +90,18 @@ def _health(server: Server, *, draining: bool) -> web.Response:
             "breaker": server.table.breakers.state(worker.worker_id),
             "in_flight": in_flight[worker.worker_id],
         }
-        for worker in every
+        for worker in view.workers.values()
     }
-    served = any(w.healthy for w in view.prefill) and any(
-        w.healthy and w.site == view.local_site for w in view.decode
+    site = server.table.site
+    healthy = [w for w in view.workers.values() if w.healthy]
+    served = any(w.role is Role.PREFILL for w in healthy) and any(
+        w.role is Role.DECODE and w.site == site for w in healthy
     )
     degraded = any(entry["breaker"] != State.CLOSED for entry in workers.values())
     status = "draining" if draining else "unavailable" if not served else "degraded" if degraded else "ok"
     body = {
         "status": status,
-        "site": view.local_site,
+        "site": site,
         "model": server.config.model.name,
         "workers": workers,
         "links": [asdict(link) for link in server.links.links(now_s)],

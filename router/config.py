@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -19,7 +19,8 @@ import yaml
 from cache_service.core.addresses import check_plain, split_address
 from cache_service.core.errors import ConfigError
 from cache_service.core.ids import parse_name
-from router.core.model import PolicyName
+from router.core.decision import PolicyName, RequestClass
+from router.core.profile import ModelProfile, from_dict
 
 T = TypeVar("T")
 
@@ -45,16 +46,59 @@ class ModelConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class PolicyConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Routing rule; `threshold_tokens` is read by `prfaas` only."""
+    """Routing rule and its parameters (docs/routing.md); a rule reads its own only."""
 
     name: str = "prfaas"
     threshold_tokens: int = 0
+    max_link_wait_s: float = 2.0
+    margin_ratio: float = 0.05
+    margin_s: float = 0.01
+    work_weight: float = 0.0
+    cost_weight_s: float = 0.0
+    balance_abs: int = 8
+    balance_rel: float = 1.5
+
+
+class ClassSeconds(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Seconds for each class of requests."""
+
+    interactive: float
+    standard: float
+    batch: float
+
+
+class AdmissionConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Admission queue (docs/routing.md).
+
+    `link_horizon_s`: bytes under way on a link are at most what it carries in this time.
+    """
+
+    waiting: int = 1024
+    waiting_per_tenant: int = 256
+    ttft_s: ClassSeconds = ClassSeconds(interactive=2.0, standard=10.0, batch=120.0)
+    max_wait_s: ClassSeconds = ClassSeconds(interactive=10.0, standard=60.0, batch=300.0)
+    link_horizon_s: float = 4.0
+
+
+class TuneConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Long loop (docs/routing.md): needs profiles, with a decode rate for the home site's decode workers."""
+
+    enabled: bool = False
+    apply: bool = True
+    period_s: float = 60.0
+    min_requests: int = 200
+    min_gain: float = 0.02
+    damping: float = 0.5
+    cooldown_s: float = 900.0
 
 
 class WorkerConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One SGLang server. Prefill workers need the bootstrap address as decode workers reach it.
 
-    `telemetry_url` is where its KV transfers say how the links are (GET /links), "" when nobody asks.
+    Attributes:
+        telemetry_url: where its KV transfers say how the links are (GET /links), "" when nobody asks.
+        profile: key of `profiles`, what the model costs on it; "" when not known.
+        kv_tokens: decode: tokens that its KV memory holds, the budget of admission; 0 for no budget.
     """
 
     worker_id: str
@@ -64,14 +108,18 @@ class WorkerConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     bootstrap_host: str = ""
     bootstrap_port: int = 0
     telemetry_url: str = ""
+    profile: str = ""
+    kv_tokens: int = 0
 
 
 class LinkConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Directed link between sites, `gbps` in 10^9 bit/s."""
+    """Directed link between sites, in 10^9 bit/s, and the price of 10^9 bytes leaving `src`."""
 
     src: str
     dst: str
     gbps: float
+    ceiling_gbps: float | None = None
+    price_per_gb: float = 0.0
 
 
 class TimeoutConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -131,6 +179,10 @@ class RouterConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     model: ModelConfig
     workers: list[WorkerConfig]
     policy: PolicyConfig = PolicyConfig()
+    admission: AdmissionConfig = AdmissionConfig()
+    tune: TuneConfig = TuneConfig()
+    profiles: dict[str, str | dict[str, Any]] = {}
+    decisions: int = 256
     index: str | list[str] | None = None
     index_tls: IndexTlsConfig | None = None
     index_insecure: bool = False
@@ -164,7 +216,22 @@ def parse(data: object) -> RouterConfig:
     _check_values(config)
     _check_workers(config)
     _check_links(config)
+    _check_profiles(config)
     return config
+
+
+def profiles_of(config: RouterConfig) -> dict[str, ModelProfile]:
+    """Return the model profiles by name, those in files read. Raises ConfigError naming the field."""
+    found = {}
+    for name, value in config.profiles.items():
+        field = f"profiles.{name}"
+        if isinstance(value, str):
+            try:
+                value = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                raise ConfigError(f"{field}: cannot be read: {error}") from error
+        found[name] = from_dict(value, field)
+    return found
 
 
 def _with_path(message: str) -> str:
@@ -189,6 +256,23 @@ def _check_values(config: RouterConfig) -> None:
         raise ConfigError(f"policy.name: {config.policy.name!r} is not one of {', '.join(PolicyName)}")
     if config.policy.threshold_tokens < 0:
         raise ConfigError(f"policy.threshold_tokens: {config.policy.threshold_tokens} is below 0")
+    _in_range("policy.max_link_wait_s", config.policy.max_link_wait_s, 1e-3, 3600)
+    _in_range("policy.margin_ratio", config.policy.margin_ratio, 0, 1)
+    for name in ("margin_s", "work_weight", "cost_weight_s", "balance_abs", "balance_rel"):
+        _in_range(f"policy.{name}", getattr(config.policy, name), 0, 1e6)
+    _in_range("admission.waiting", config.admission.waiting, 1, 1 << 20)
+    _in_range("admission.waiting_per_tenant", config.admission.waiting_per_tenant, 1, 1 << 20)
+    _in_range("admission.link_horizon_s", config.admission.link_horizon_s, 1e-3, 3600)
+    for field in ("ttft_s", "max_wait_s"):
+        for name in RequestClass:
+            seconds = getattr(getattr(config.admission, field), name)
+            _in_range(f"admission.{field}.{name}", seconds, 1e-3, 86400)
+    _in_range("tune.period_s", config.tune.period_s, 0.1, 86400)
+    _in_range("tune.min_requests", config.tune.min_requests, 1, 1 << 30)
+    _in_range("tune.min_gain", config.tune.min_gain, 0, 10)
+    _in_range("tune.damping", config.tune.damping, 0.01, 1)
+    _in_range("tune.cooldown_s", config.tune.cooldown_s, 0, 1e6)
+    _in_range("decisions", config.decisions, 0, 1 << 20)
     _in_range("model.context_length", config.model.context_length, 2, 1 << 30)
     _in_range("model.page_size", config.model.page_size, 1, 65536)
     for name in ("connect_s", "first_byte_s", "total_s", "index_s", "abort_s"):
@@ -257,6 +341,9 @@ def _check_links(config: RouterConfig) -> None:
         if link.src == link.dst:
             raise ConfigError(f"{field}: src and dst are both {link.src!r}")
         _in_range(f"{field}.gbps", link.gbps, 1e-6, 1e6)
+        if link.ceiling_gbps is not None:
+            _in_range(f"{field}.ceiling_gbps", link.ceiling_gbps, 1e-6, 1e6)
+        _in_range(f"{field}.price_per_gb", link.price_per_gb, 0, 1e6)
     _refuse_duplicates("src", ((f"links[{i}]", f"{x.src}->{x.dst}") for i, x in enumerate(config.links)))
     reachable = {link.src for link in config.links if link.dst == config.site} | {config.site}
     for index, worker in enumerate(config.workers):
@@ -265,3 +352,15 @@ def _check_links(config: RouterConfig) -> None:
                 f"workers[{index}].site: there is no link from {worker.site!r} to {config.site!r}, so this "
                 "worker could never be used; add it to links"
             )
+
+
+def _check_profiles(config: RouterConfig) -> None:
+    known = profiles_of(config)
+    for index, worker in enumerate(config.workers):
+        field = f"workers[{index}]"
+        _in_range(f"{field}.kv_tokens", worker.kv_tokens, 0, 1 << 40)
+        if worker.profile and worker.profile not in known:
+            names = ", ".join(sorted(known)) or "none"
+            raise ConfigError(f"{field}.profile: no profile {worker.profile!r}; profiles are {names}")
+        if config.policy.name == PolicyName.TTFT and worker.role == "prefill" and not worker.profile:
+            raise ConfigError(f"{field}.profile: is missing; policy ttft predicts times from it")

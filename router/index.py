@@ -10,7 +10,7 @@ from typing import Protocol
 
 from cache_service.core.errors import PrfaasError
 from cache_service.core.ids import BlockHash, Namespace, SiteId, WorkerId
-from router.core.model import Holder, Match
+from router.core.match import Holder, Match
 
 
 class HolderClaim(Protocol):

@@ -13,6 +13,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from cache_service.core.ids import WorkerId
+from router.core.decision import LinkState
 
 #: Powers of two from 1 ms: TTFT spans a cached local prompt to minutes of remote prefill.
 _SECONDS = tuple(0.001 * 2**n for n in range(19))
@@ -88,11 +89,36 @@ class RouterMetrics:
             ["route"],
             registry=registry,
         )
+        self.admission = Counter(
+            "prfaas_router_admissions", "Outcomes of admission", ["outcome", "class"], registry=registry
+        )
+        self.admission_wait = Histogram(
+            "prfaas_router_admission_wait_seconds",
+            "Time in the admission queue",
+            ["class"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.wire_bytes = Counter(
+            "prfaas_router_wire_bytes",
+            "Predicted bytes between sites of the routes taken, retries included",
+            ["src_site", "dst_site"],
+            registry=registry,
+        )
+        self.wire_cost = Counter(
+            "prfaas_router_wire_cost", "Their price", ["src_site", "dst_site"], registry=registry
+        )
         self.length_mismatches = Counter(
             "prfaas_router_prompt_length_mismatches",
             "Answers whose prompt length differs from the router's own count",
             registry=registry,
         )
+
+    def watch_queue(
+        self, waiting: Callable[[], Mapping[str, int]], links: Callable[[], list[LinkState]]
+    ) -> None:
+        """Export the admission queue and what is believed of the links, read at each scrape."""
+        self.registry.register(_QueueCollector(waiting, links))
 
     def watch_workers(
         self, in_flight: Callable[[], Mapping[WorkerId, int]], usable: Callable[[], Mapping[WorkerId, bool]]
@@ -122,3 +148,29 @@ class _WorkerCollector(Collector):
             usable.add_metric([worker_id], int(state))
         yield requests
         yield usable
+
+
+class _QueueCollector(Collector):
+    def __init__(
+        self, waiting: Callable[[], Mapping[str, int]], links: Callable[[], list[LinkState]]
+    ) -> None:
+        self._waiting = waiting
+        self._links = links
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Yield the queue's gauge, then one for each figure of the links."""
+        waiting = GaugeMetricFamily("prfaas_router_waiting_requests", "Not admitted yet", labels=["class"])
+        for name, count in self._waiting().items():
+            waiting.add_metric([name], count)
+        yield waiting
+        for field, metric, what in (
+            ("rate_bytes_per_s", "rate_bytes_per_second", "What new transfers may count on"),
+            ("committed_bytes", "committed_bytes", "Routed over it and not delivered yet"),
+            ("loss_ratio", "loss_ratio", "Retransmitted share of the bytes lately"),
+            ("up", "up", "1 while something gets through"),
+            ("abundant", "abundant", "1 in the regime of abundant bandwidth"),
+        ):
+            gauge = GaugeMetricFamily(f"prfaas_router_link_{metric}", what, labels=["src_site", "dst_site"])
+            for link in self._links():
+                gauge.add_metric([link.src, link.dst], float(getattr(link, field)))
+            yield gauge

@@ -12,7 +12,8 @@ from enum import StrEnum
 
 from cache_service import logs
 from router.answers import Facts
-from router.core.model import Decision, Match
+from router.core.decision import Decision
+from router.core.match import Match
 from router.metrics import RouterMetrics
 from router.openai import Api
 
@@ -28,6 +29,7 @@ class Outcome(StrEnum):
     UPSTREAM_ERROR = "upstream_error"
     STREAM_BROKEN = "stream_broken"
     UNAVAILABLE = "unavailable"
+    REJECTED = "rejected"
     TIMEOUT = "timeout"
     INTERNAL = "internal"
 
@@ -105,6 +107,9 @@ class Record:
             "uncached_tokens": decision and decision.uncached_tokens,
             "local_uncached_tokens": decision and decision.local_uncached_tokens,
             "threshold_tokens": decision and decision.threshold_tokens,
+            "wire_bytes": decision and round(decision.wire_bytes),
+            "cost": decision and decision.cost,
+            "predicted_ttft_s": decision and round(decision.predicted.ttft_s, 6),
             "index": self.match and ("ok" if self.match.available else self.match.reason),
             "ttft_s": self.ttft_s and round(self.ttft_s, 6),
             "total_s": round(now_s - self.started_s, 6),

@@ -10,19 +10,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from aiohttp import web
 
 from cache_service import logs
-from cache_service.core.errors import Unavailable
+from cache_service.core.errors import Rejected, Unavailable
 from cache_service.core.ids import Namespace, WorkerId
+from router.admit import Gate
 from router.client import Client
 from router.config import RouterConfig
+from router.core.admission import Outcome as Admitted
+from router.core.admission import Ticket
+from router.core.decision import Decision, Policy, PolicyName, Reason, Request, RequestClass
 from router.core.hold import hold_reason, ignores_end, stop_strings
 from router.core.join import FirstToken
-from router.core.model import Decision, Match, Policy, PolicyName, Request
+from router.core.match import Match
 from router.core.policy import choose
+from router.decisions import DecisionLog
 from router.index import PrefixIndex, lookup
 from router.links import LinkTable
 from router.metrics import RouterMetrics
@@ -38,6 +48,7 @@ from router.openai import (
 )
 from router.record import Outcome, Record
 from router.tokenize import TokenizerPool
+from router.tune import Tuner
 from router.upstream import Call, Exchange, Failure, Side, StreamBroken, Upstream
 from router.workers import Booking, WorkerTable
 
@@ -47,6 +58,41 @@ _log = logging.getLogger(__name__)
 MAX_BROKEN = 2
 #: Client headers that the workers get to see.
 _FORWARDED = ("Authorization", "traceparent", "tracestate")
+#: Answer tokens counted on for a request that does not say how many, and at most.
+EXPECTED_OUTPUT, MAX_EXPECTED_OUTPUT = 256, 1024
+#: Sessions whose last prefill worker is remembered.
+MAX_SESSIONS = 65536
+#: Tenant and session names are cut here.
+_NAME_CHARS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a client says of its request in headers: x-prfaas-class, -tenant, -session."""
+
+    request_class: RequestClass
+    tenant: str
+    session: str
+    output_tokens: int
+
+
+def _terms(http: web.Request, body: Mapping[str, Any]) -> Terms:
+    """Read a request's terms. Raises RequestError for a class that is none."""
+    name = http.headers.get("x-prfaas-class", RequestClass.STANDARD)
+    if name not in list(RequestClass):
+        accepted = ", ".join(RequestClass)
+        raise RequestError(400, f"x-prfaas-class: {name[:64]!r} is not one of {accepted}", code="bad_class")
+    sampling = body.get("sampling_params")
+    asked = body.get("max_completion_tokens") or body.get("max_tokens")
+    if isinstance(sampling, dict):
+        asked = asked or sampling.get("max_new_tokens")
+    output = asked if isinstance(asked, int) and asked > 0 else EXPECTED_OUTPUT
+    return Terms(
+        RequestClass(name),
+        http.headers.get("x-prfaas-tenant", "")[:_NAME_CHARS],
+        http.headers.get("x-prfaas-session", "")[:_NAME_CHARS],
+        min(output, MAX_EXPECTED_OUTPUT),
+    )
 
 
 class Server:
@@ -62,6 +108,7 @@ class Server:
         upstream: Upstream,
         metrics: RouterMetrics,
         links: LinkTable,
+        gate: Gate,
     ) -> None:
         self.config = config
         self.links = links
@@ -70,7 +117,25 @@ class Server:
         self._tokenizer = tokenizer
         self._index = index
         self._upstream = upstream
-        self._policy = Policy(PolicyName(config.policy.name), config.policy.threshold_tokens)
+        self.gate = gate
+        self.decisions = DecisionLog(config.decisions)
+        rule = config.policy
+        self.policy = Policy(
+            PolicyName(rule.name),
+            rule.threshold_tokens,
+            max_link_wait_s=rule.max_link_wait_s,
+            margin_ratio=rule.margin_ratio,
+            margin_s=rule.margin_s,
+            work_weight=rule.work_weight,
+            cost_weight_s=rule.cost_weight_s,
+            balance_abs=rule.balance_abs,
+            balance_rel=rule.balance_rel,
+        )
+        self.tuner = Tuner(config, table, self._set_threshold)
+        self._sessions: OrderedDict[tuple[str, str], WorkerId] = OrderedDict()
+
+    def _set_threshold(self, tokens: int) -> None:
+        self.policy = replace(self.policy, threshold_tokens=tokens)
 
     async def handle(self, http: web.Request, api: Api) -> web.StreamResponse:
         """Answer one request; always ends in one log line."""
@@ -85,6 +150,11 @@ class Server:
             record.outcome = Outcome.CLIENT_ERROR
             limit = self.config.limits.body_bytes
             return self._refuse(record, 413, f"the body is larger than {limit} bytes", code="body_too_large")
+        except Rejected as error:
+            record.outcome = Outcome.REJECTED
+            return self._refuse(
+                record, 429, str(error), code="not_admitted", retry_after_s=error.retry_after_s
+            )
         except Unavailable as error:
             record.outcome = Outcome.UNAVAILABLE
             return self._refuse(record, 503, str(error), code=error.reason)
@@ -100,10 +170,18 @@ class Server:
             record.finish(self.metrics, loop.time())
 
     def _refuse(
-        self, record: Record, status: int, message: str, *, code: str | None = None, param: str | None = None
+        self,
+        record: Record,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: float = 1.0,
     ) -> web.Response:
         record.status, record.error = status, code or message
-        headers = record.headers() | ({"Retry-After": "1"} if status in (429, 503) else {})
+        later = {"Retry-After": str(math.ceil(retry_after_s))} if status in (429, 503) else {}
+        headers = record.headers() | later
         return web.json_response(
             error_body(message, error_type(status), code=code, param=param), status=status, headers=headers
         )
@@ -113,6 +191,7 @@ class Server:
         request = parse(record.api, raw)
         record.stream = request.stream
         check_model(request, self.config.model.name)
+        terms = _terms(http, request.body)
         record.match = await self._match(request, record)
         room = self.config.model.context_length - (record.prompt_tokens or 0)
         held = hold_reason(record.api, request.body, room) if self.config.early_first_token else "off"
@@ -130,7 +209,7 @@ class Server:
             prompt_tokens=record.prompt_tokens or 0,
             headers={name: http.headers[name] for name in _FORWARDED if name in http.headers},
         )
-        return await self._try_routes(http, call, record, record.match)
+        return await self._try_routes(Client(http, record), call, record.match, terms)
 
     async def _match(self, request: ParsedRequest, record: Record) -> Match:
         """Tokenise, check the length, ask the index.
@@ -155,36 +234,42 @@ class Server:
             self.metrics.index.labels(outcome).observe(loop.time() - tokenized_s)
         return match
 
-    async def _try_routes(
-        self, http: web.Request, call: Call, record: Record, match: Match
-    ) -> web.StreamResponse:
+    async def _try_routes(self, client: Client, call: Call, match: Match, terms: Terms) -> web.StreamResponse:
         loop = asyncio.get_running_loop()
-        client = Client(http, record)
-        total_tokens = record.prompt_tokens or 1
+        record = client.record
         excluded: set[WorkerId] = set()
         failure: Failure | None = None
         broke = 0
         while True:
-            request = Request(record.request_id, total_tokens, frozenset(excluded))
-            now_s = loop.time()
+            request = self._request(record, terms, excluded)
             try:
-                decision = choose(
-                    request, match, self.table.view(now_s), self.table.links, self._policy, now_s
-                )
+                decision = self._choose(request, match, self.policy)
             except Unavailable:
                 if failure is None:
                     raise
                 return await self._give_up(client, failure)
-            if failure is not None:
-                record.retries += 1
-                self.metrics.retries.inc()
-            record.decision = decision
-            self.metrics.decisions.labels(decision.kind, decision.reason).inc()
-            booking = self.table.book(decision, total_tokens, now_s)
+            tokens = request.total_tokens + request.output_tokens
+            who = (terms.request_class, terms.tenant, record.started_s)
+            ticket = self.gate.ticket(f"{record.request_id}/{record.retries}", decision, tokens, who)
             try:
-                answer = await self._attempt(client, call, decision, booking)
-            finally:
-                booking.release()
+                async with self.gate.enter(ticket) as admitted:
+                    if failure is not None:
+                        record.retries += 1
+                        self.metrics.retries.inc()
+                    if admitted is Admitted.LOCAL:
+                        home = replace(self.policy, name=PolicyName.LOCAL)
+                        decision = self._choose(request, match, home, decision)
+                    self._note(request, decision)
+                    record.decision = decision
+                    booking = self.table.book(decision, tokens, loop.time())
+                    try:
+                        answer = await self._attempt(client, call, decision, booking, ticket)
+                    finally:
+                        booking.release()
+            except Rejected:
+                if failure is None:
+                    raise
+                return await self._give_up(client, failure)
             if not isinstance(answer, Failure):
                 return answer
             failure = answer
@@ -195,6 +280,44 @@ class Server:
             if failure.client_fault or broke >= MAX_BROKEN or loop.time() >= self._deadline(record, call):
                 return await self._give_up(client, failure)
             excluded.add(_worker(decision, failure.suspect))
+
+    def _request(self, record: Record, terms: Terms, excluded: set[WorkerId]) -> Request:
+        return Request(
+            record.request_id,
+            record.prompt_tokens or 1,
+            self.table.site,
+            terms.output_tokens,
+            request_class=terms.request_class,
+            tenant=terms.tenant,
+            session=terms.session,
+            previous=self._sessions.get((terms.tenant, terms.session)),
+            excluded=frozenset(excluded),
+        )
+
+    def _choose(
+        self, request: Request, match: Match, policy: Policy, reserved: Decision | None = None
+    ) -> Decision:
+        """Choose a route; `reserved` is an earlier decision whose decode worker is reserved."""
+        now_s = asyncio.get_running_loop().time()
+        decision = choose(request, match, self.table.view(now_s), self.table.links, policy, now_s)
+        if reserved is None:
+            return decision
+        return replace(decision, decode=reserved.decode, reason=Reason.NOT_ADMITTED)
+
+    def _note(self, request: Request, decision: Decision) -> None:
+        """Count a decision that is about to be dispatched, and remember it."""
+        self.metrics.decisions.labels(decision.kind, decision.reason).inc()
+        if decision.wire_bytes:
+            ends = (decision.prefill.site, decision.decode.site)
+            self.metrics.wire_bytes.labels(*ends).inc(decision.wire_bytes)
+            self.metrics.wire_cost.labels(*ends).inc(decision.cost)
+        self.tuner.observe(decision, request.total_tokens, request.output_tokens)
+        self.decisions.add(request.request_id, request.request_class, request.total_tokens, decision)
+        if request.session:
+            self._sessions[request.tenant, request.session] = decision.prefill.worker_id
+            self._sessions.move_to_end((request.tenant, request.session))
+            if len(self._sessions) > MAX_SESSIONS:
+                self._sessions.popitem(last=False)
 
     def _deadline(self, record: Record, call: Call) -> float:
         """When the first byte must have come, on the loop's clock."""
@@ -216,7 +339,7 @@ class Server:
         return self._refuse(record, failure.status, failure.message, code=code)
 
     async def _attempt(
-        self, client: Client, call: Call, decision: Decision, booking: Booking
+        self, client: Client, call: Call, decision: Decision, booking: Booking, ticket: Ticket
     ) -> web.StreamResponse | Failure:
         """Try one route; a Failure means that the client has got nothing yet, or the first token alone."""
         loop = asyncio.get_running_loop()
@@ -242,6 +365,8 @@ class Server:
             failure = await exchange.start(self._deadline(record, call), client.send_first)
             settled = True
             if failure is None:
+                booking.delivered()
+                self.gate.delivered(ticket)
                 breakers.succeeded(prefill)
                 breakers.succeeded(decode)
                 if call.stream:

@@ -12,6 +12,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from cache_service.core.addresses import split_address
+from router.admit import Gate
 from router.app import DRAINING, build
 from router.config import RouterConfig
 from router.index import PrefixIndex
@@ -45,19 +46,21 @@ class Service:
         self._links = LinkTable()
         self._poller = LinkPoller(self._links, config.workers)
         self.metrics.registry.register(LinkCollector(self._links))
+        self._gate = Gate(config, self._table, self._links, self.metrics)
+        self.metrics.watch_queue(self._gate.queue.waiting_by_class, lambda: list(self._table.links.values()))
         self._upstream = Upstream(config.timeouts, config.limits, self.metrics)
         self._tokenizer = TokenizerPool(tokenizer, config.model.page_size, config.limits.tokenizer_threads)
-        self._app = build(
-            Server(
-                config,
-                tokenizer=self._tokenizer,
-                index=index,
-                table=self._table,
-                upstream=self._upstream,
-                metrics=self.metrics,
-                links=self._links,
-            )
+        self._server = Server(
+            config,
+            tokenizer=self._tokenizer,
+            index=index,
+            table=self._table,
+            upstream=self._upstream,
+            metrics=self.metrics,
+            links=self._links,
+            gate=self._gate,
         )
+        self._app = build(self._server)
         self._runner = web.AppRunner(
             self._app,
             access_log=None,
@@ -69,6 +72,8 @@ class Service:
         """Listen; return the address ("host:port", the port as bound). Raises OSError when it is taken."""
         await self._runner.setup()
         self._poller.start()
+        self._gate.start()
+        self._server.tuner.start()
         host, port = split_address(self._config.listen, field="listen")
         await web.TCPSite(self._runner, host, port).start()
         address = self._runner.addresses[0]
@@ -83,6 +88,8 @@ class Service:
         self._app[DRAINING].set()
         await self._poller.stop()
         await self._runner.cleanup()
+        await self._gate.stop()
+        await self._server.tuner.stop()
         await self._upstream.close()
         self._tokenizer.close()
         if self._index is not None:

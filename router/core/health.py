@@ -61,6 +61,10 @@ class BreakerTable:
         breaker = self._breakers.get(worker_id)
         return State.CLOSED if breaker is None else breaker.state
 
+    def troubled(self) -> list[WorkerId]:
+        """Return the workers that have failed since their last success: all others are usable."""
+        return list(self._breakers)
+
     def usable(self, worker_id: WorkerId, now_s: float) -> bool:
         """Say whether a request may be given to the worker now."""
         breaker = self._breakers.get(worker_id)

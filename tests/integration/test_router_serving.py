@@ -92,7 +92,13 @@ async def make(tmp_path: Path) -> AsyncIterator[Make]:
     """Return a function that starts a fleet; everything is stopped at the end."""
     started: list[Fleet] = []
 
-    async def start(*, second_decode: bool = False, second_prefill: bool = False, **config: Any) -> Fleet:
+    async def start(
+        *,
+        second_decode: bool = False,
+        second_prefill: bool = False,
+        per_worker: dict[str, dict[str, Any]] | None = None,
+        **config: Any,
+    ) -> Fleet:
         rooms, index = Rooms(), FakeIndex()
         names = ["a-prefill", "b-prefill", "b-decode"]
         names += (["b-decode2"] if second_decode else []) + (["a-prefill2"] if second_prefill else [])
@@ -117,6 +123,7 @@ async def make(tmp_path: Path) -> AsyncIterator[Make]:
                     "url": worker.url,
                     "bootstrap_host": f"{name}.example" if worker.role == "prefill" else "",
                     "bootstrap_port": 8998,
+                    **(per_worker or {}).get(name, {}),
                 }
                 for name, worker in workers.items()
             ],
@@ -124,7 +131,7 @@ async def make(tmp_path: Path) -> AsyncIterator[Make]:
             "timeouts": {"abort_s": 2, "drain_s": 2},
         }
         for key, value in config.items():
-            data[key] = data[key] | value if key in data else value
+            data[key] = data[key] | value if isinstance(data.get(key), dict) else value
         checked = parse(data)
         service = Service(
             checked,

@@ -72,7 +72,7 @@ def test_the_documented_example_is_accepted(tmp_path: Path) -> None:
         ("model.context_length", 1, "model.context_length: 1 is not in"),
         ("model.page_size", 0, "model.page_size: 0 is not in"),
         ("model.name", "", "model.name: is empty"),
-        ("policy.name", "best", "policy.name: 'best' is not one of prfaas, local, remote"),
+        ("policy.name", "best", "policy.name: 'best' is not one of prfaas, ttft, local, remote"),
         ("policy.threshold_tokens", -1, "policy.threshold_tokens: -1 is below 0"),
         ("workers.0.role", "both", "workers[0].role: "),
         ("workers.0.extra", 1, "workers[0]"),

@@ -2,50 +2,63 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cache_service.core.errors import Unavailable
 from cache_service.core.ids import SiteId, WorkerId
-from router.core.model import (
-    Decision,
-    DecodeWorker,
-    Holder,
-    LinkView,
-    Match,
-    Policy,
-    PolicyName,
-    PrefillWorker,
-    Reason,
-    Request,
-    RouteKind,
-    Workers,
-)
+from router.core.decision import Decision, LinkState, Policy, PolicyName, Reason, Request, RouteKind
+from router.core.match import Holder, Match
 from router.core.policy import choose
+from router.core.profile import KvShape, ModelProfile, Quadratic
+from router.core.workers import Fleet, Role, WorkerState
 
-A, B = SiteId("A"), SiteId("B")
-LINK = LinkView(src=A, dst=B, bytes_per_s=1e9)
+A, B, C = SiteId("A"), SiteId("B"), SiteId("C")
 PRFAAS = Policy(PolicyName.PRFAAS, threshold_tokens=512)
+TTFT = Policy(PolicyName.TTFT)
+#: 1 ms a token and 1 kB a token, and ten times as fast.
+SLOW = ModelProfile("slow", KvShape(1000.0), Quadratic(0.0, 1e-3))
+FAST = ModelProfile("fast", KvShape(1000.0), Quadratic(0.0, 1e-4))
 
 
-def prefill(name: str, site: SiteId = A, **values: object) -> PrefillWorker:
-    return PrefillWorker(worker_id=WorkerId(name), site=site, **values)  # type: ignore[arg-type]
+def prefill(name: str, site: SiteId = A, **values: object) -> WorkerState:
+    return WorkerState(WorkerId(name), site, Role.PREFILL, **values)  # type: ignore[arg-type]
 
 
-def decode(name: str = "d0", site: SiteId = B, **values: object) -> DecodeWorker:
-    return DecodeWorker(worker_id=WorkerId(name), site=site, **values)  # type: ignore[arg-type]
+def decode(name: str = "d0", site: SiteId = B, **values: object) -> WorkerState:
+    return WorkerState(WorkerId(name), site, Role.DECODE, **values)  # type: ignore[arg-type]
 
 
 def holder(name: str, site: SiteId, tokens: int) -> Holder:
     return Holder(worker_id=WorkerId(name), site=site, matched_tokens=tokens, usable_tokens=tokens)
 
 
-TWO_SITES = Workers(B, (prefill("a0"), prefill("b0", B)), (decode(),))
+def mesh(*links: LinkState) -> dict[tuple[SiteId, SiteId], LinkState]:
+    return {(link.src, link.dst): link for link in links or (LinkState(A, B, 1e9),)}
 
 
-def route(total: int, *holders: Holder, workers: Workers = TWO_SITES, policy: Policy = PRFAAS) -> Decision:
-    return choose(Request("r", total), Match(holders), workers, (LINK,), policy, 0.0)
+def two_sites() -> Fleet:
+    return Fleet([prefill("a0"), prefill("b0", B), decode()])
+
+
+def route(
+    total: int,
+    *holders: Holder,
+    fleet: Fleet | None = None,
+    policy: Policy = PRFAAS,
+    links: dict[tuple[SiteId, SiteId], LinkState] | None = None,
+    **request: object,
+) -> Decision:
+    asked = Request("r", total, B, **request)  # type: ignore[arg-type]
+    return choose(
+        asked, Match(holders), fleet or two_sites(), mesh() if links is None else links, policy, 0.0
+    )
+
+
+# --- prfaas -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -79,146 +92,316 @@ def test_full_match_leaves_one_token() -> None:
 
 def test_cache_of_an_unhealthy_local_worker_does_not_count() -> None:
     """A match that nobody may use must not keep a long prompt local."""
-    workers = Workers(B, (prefill("a0"), prefill("b0", B, healthy=False), prefill("b1", B)), (decode(),))
-    decision = route(1000, holder("b0", B, 960), workers=workers)
+    fleet = Fleet([prefill("a0"), prefill("b0", B, healthy=False), prefill("b1", B), decode()])
+    decision = route(1000, holder("b0", B, 960), fleet=fleet)
     assert (decision.kind, decision.prefill.worker_id) == (RouteKind.REMOTE, "a0")
 
 
 def test_wanted_side_without_workers_gives_way() -> None:
     """No remote worker: local serves; no local worker: remote serves; the reason says so."""
-    only_local = Workers(B, (prefill("b0", B),), (decode(),))
-    assert route(9000, workers=only_local).reason is Reason.REMOTE_UNAVAILABLE
-    only_remote = Workers(B, (prefill("a0"),), (decode(),))
-    assert route(9, workers=only_remote).reason is Reason.LOCAL_UNAVAILABLE
+    for policy in (PRFAAS, Policy(PolicyName.REMOTE)):
+        only_local = Fleet([prefill("b0", B), decode()])
+        assert route(9000, fleet=only_local, policy=policy).reason is Reason.REMOTE_UNAVAILABLE
+    for policy in (PRFAAS, Policy(PolicyName.LOCAL), Policy(PolicyName.CACHE_AWARE)):
+        only_remote = Fleet([prefill("a0"), decode()])
+        assert route(9, fleet=only_remote, policy=policy).reason is Reason.LOCAL_UNAVAILABLE
 
 
 def test_remote_needs_a_link_that_is_up() -> None:
     """Without a usable link towards the decode site the remote site is not a choice."""
-    for links in ((), (LinkView(B, A, 1e9),), (LinkView(A, B, 1e9, up=False),), (LinkView(A, B, 0.0),)):
-        decision = choose(Request("r", 9000), Match(), TWO_SITES, links, PRFAAS, 0.0)
-        assert decision.reason is Reason.REMOTE_UNAVAILABLE
+    for links in ({}, mesh(LinkState(B, A, 1e9)), mesh(LinkState(A, B, 1e9, up=False))):
+        assert route(9000, links=links).reason is Reason.REMOTE_UNAVAILABLE
 
 
-def test_equal_workers_are_used_in_turn() -> None:
-    """With nothing else to tell them apart, the worker with fewer requests given so far is next."""
-    workers = Workers(B, (prefill("a0", assigned=3), prefill("a1", assigned=2)), (decode(),))
-    assert route(9000, workers=workers).prefill.worker_id == "a1"
+def test_a_busy_link_raises_the_threshold_and_then_takes_nothing() -> None:
+    """Half of the longest wait: one and a half times t; all of it: local whatever the length."""
+    links = mesh(LinkState(A, B, 1e9, committed_bytes=1e9))
+    assert route(768, links=links).kind is RouteKind.LOCAL
+    decision = route(769, links=links)
+    assert (decision.kind, decision.threshold_tokens) == (RouteKind.REMOTE, 768)
+    full = mesh(LinkState(A, B, 1e9, in_flight_bytes=2e9))
+    assert route(9000, links=full).reason is Reason.LINK_BUSY
 
 
-def test_work_in_flight_comes_after_the_match() -> None:
-    """The longest match wins over an idle worker; among equal matches the idle one wins."""
-    workers = Workers(B, (prefill("a0", in_flight_tokens=500), prefill("a1")), (decode(),))
-    assert route(9000, workers=workers).prefill.worker_id == "a1"
-    assert route(9000, holder("a0", A, 64), workers=workers).prefill.worker_id == "a0"
+def test_of_several_sites_the_one_with_the_longest_prefix_and_room() -> None:
+    """The longer prefix wins, but not over a link that takes nothing more."""
+    fleet = Fleet([prefill("a0"), prefill("c0", C), prefill("b0", B), decode()])
+    both = mesh(LinkState(A, B, 1e9), LinkState(C, B, 1e9))
+    held = (holder("a0", A, 64), holder("c0", C, 128))
+    assert route(9000, *held, fleet=fleet, links=both).prefill.worker_id == "c0"
+    both[C, B].committed_bytes = 9e9
+    assert route(9000, *held, fleet=fleet, links=both).prefill.worker_id == "a0"
 
 
-def test_no_workers_is_unavailable_with_its_reason() -> None:
+def test_abundant_bandwidth_counts_the_longest_prefix_and_moves_it() -> None:
+    """The remote prefix makes the prompt short, so home computes after fetching it; and the reverse."""
+    fleet = Fleet([prefill("a0", profile=FAST), prefill("b0", B, profile=SLOW), decode()])
+    links = mesh(LinkState(A, B, 1e9, abundant=True, price_per_gb=2.0), LinkState(B, A, 1e9))
+    policy = Policy(PolicyName.PRFAAS, 512, can_pull=True)
+    home = route(1000, holder("a0", A, 960), fleet=fleet, links=links, policy=policy)
+    assert (home.kind, home.matched_tokens, home.uncached_tokens) == (RouteKind.LOCAL, 960, 40)
+    assert home.pull is not None
+    assert (home.pull.src, home.pull.dst, home.pull.wire_bytes) == (A, B, 960_000.0)
+    assert home.cost == pytest.approx(960_000e-9 * 2.0)
+    away = route(2000, holder("b0", B, 960), fleet=fleet, links=links, policy=policy)
+    assert away.pull is not None
+    assert (away.kind, away.pull.holder, away.wire_bytes) == (RouteKind.REMOTE, "b0", 2_960_000.0)
+    links[A, B].abundant = False
+    assert route(1000, holder("a0", A, 960), fleet=fleet, links=links, policy=policy).pull is None
+
+
+# --- ttft ---------------------------------------------------------------------------------------------------
+
+
+def chips() -> Fleet:
+    return Fleet([prefill("a0", profile=FAST), prefill("b0", B, profile=SLOW), decode()])
+
+
+def test_long_prompts_go_where_they_are_fast_if_the_link_allows() -> None:
+    """8,000 tokens: 8 s at home; 0.8 s away and 8 MB: over 0.8 s at 10 MB/s, 80 s at 100 kB/s."""
+    far = route(8000, fleet=chips(), policy=TTFT, links=mesh(LinkState(A, B, 1e7, rtt_s=0.1)))
+    assert (far.kind, far.reason) == (RouteKind.REMOTE, Reason.LEAST_TTFT)
+    # One chunk: nothing overlaps. 0.8 s of prefill, 0.8 s of transfer, the round trip.
+    assert far.predicted.ttft_s == pytest.approx(1.7)
+    thin = route(8000, fleet=chips(), policy=TTFT, links=mesh(LinkState(A, B, 1e5)))
+    assert (thin.kind, thin.predicted.ttft_s) == (RouteKind.LOCAL, pytest.approx(8.0))
+
+
+def test_chunks_travel_while_the_next_is_computed() -> None:
+    """8,000 tokens in eight chunks, a link faster than the prefill: only the last one is left."""
+    fleet = Fleet([prefill("a0", profile=FAST, chunk_tokens=1000), prefill("b0", B, profile=SLOW), decode()])
+    found = route(8000, fleet=fleet, policy=TTFT, links=mesh(LinkState(A, B, 2e7)))
+    assert found.predicted.ttft_s == pytest.approx(0.8 + 0.4 / 8)
+
+
+def test_a_near_tie_stays_at_home() -> None:
+    """Away must be better by both margins: 3 % is not, 10 % is."""
+    for seconds, kind in ((0.97, RouteKind.LOCAL), (0.9, RouteKind.REMOTE)):
+        away = ModelProfile("x", KvShape(1.0), Quadratic(0.0, seconds * 1e-3))
+        fleet = Fleet([prefill("a0", profile=away), prefill("b0", B, profile=SLOW), decode()])
+        assert route(1000, fleet=fleet, policy=TTFT, links=mesh(LinkState(A, B, 1e12))).kind is kind
+
+
+def test_a_session_stays_unless_another_worker_is_clearly_better() -> None:
+    """3 ms more work queued does not move a conversation of 1 s; 1 s does."""
+    for queued_s, name in ((0.003, "b1"), (1.0, "b0")):
+        busy = prefill("b1", B, profile=SLOW, queued_s=queued_s, jobs=1)
+        fleet = Fleet([prefill("b0", B, profile=SLOW), busy, decode()])
+        assert route(1000, fleet=fleet, policy=TTFT, previous=WorkerId("b1")).prefill.worker_id == name
+
+
+def test_cache_is_weighed_against_the_queue() -> None:
+    """800 of 1,000 tokens cached save 0.8 s: worth a wait of half a second, not of a whole one."""
+    for queued_s, name in ((0.5, "b1"), (1.0, "b0")):
+        busy = prefill("b1", B, profile=SLOW, queued_s=queued_s, jobs=1)
+        fleet = Fleet([prefill("b0", B, profile=SLOW), busy, decode()])
+        held = holder("b1", B, 800)
+        assert route(1000, held, fleet=fleet, policy=TTFT).prefill.worker_id == name
+
+
+def test_egress_can_be_made_to_count() -> None:
+    """A dollar per GB and a thousand seconds per dollar: 8 MB cost 8 s, more than home loses."""
+    links = mesh(LinkState(A, B, 1e7, price_per_gb=1.0))
+    assert route(8000, fleet=chips(), policy=TTFT, links=links).cost == pytest.approx(0.008)
+    dear = Policy(PolicyName.TTFT, cost_weight_s=1000.0)
+    assert route(8000, fleet=chips(), policy=dear, links=links).kind is RouteKind.LOCAL
+
+
+def test_a_dense_model_loses_on_a_thin_link_by_arithmetic() -> None:
+    """MiniMax-M2.5 at 32 Ki tokens: 8.3 GB, 6.7 s at 10 Gbit/s; the chips gain 1.7 s."""
+    kv = KvShape(253_952.0)
+    fleet = Fleet(
+        [
+            prefill("a0", profile=ModelProfile("H200", kv, Quadratic(0.36, 2.29e-5))),
+            prefill("b0", B, profile=ModelProfile("H20", kv, Quadratic(0.9, 5.8e-5))),
+            decode(),
+        ]
+    )
+    assert route(32768, fleet=fleet, policy=TTFT, links=mesh(LinkState(A, B, 1.25e9))).kind is RouteKind.LOCAL
+    assert route(32768, fleet=fleet, policy=TTFT, links=mesh(LinkState(A, B, 125e9))).kind is RouteKind.REMOTE
+
+
+# --- baselines ----------------------------------------------------------------------------------------------
+
+
+def test_round_robin_visits_everybody_that_may_be_used() -> None:
+    """As many turns as workers, each once; the excluded one is passed over."""
+    fleet = Fleet([prefill("a0"), prefill("a1"), prefill("b0", B), decode()])
+    seen = []
+    for _ in range(3):
+        found = route(9, fleet=fleet, policy=Policy(PolicyName.ROUND_ROBIN))
+        fleet.give_prefill(found.prefill, 1, 0.0, 0.0)
+        seen.append(found.prefill.worker_id)
+    assert sorted(seen) == ["a0", "a1", "b0"]
+    policy = Policy(PolicyName.ROUND_ROBIN)
+    excluded = frozenset([WorkerId("b0"), WorkerId("a0")])
+    assert route(9, fleet=fleet, policy=policy, excluded=excluded).prefill.worker_id == "a1"
+
+
+def test_cache_aware_follows_the_prefix_until_the_queues_are_out_of_balance() -> None:
+    """SGLang's router: longest prefix, but shortest queue when one is longer by both measures."""
+    policy = Policy(PolicyName.CACHE_AWARE, balance_abs=2, balance_rel=1.5)
+    for jobs, name, reason in ((2, "b1", Reason.LONGEST_MATCH), (3, "b0", Reason.LEAST_LOAD)):
+        busy = prefill("b1", B, queued_s=1.0, jobs=jobs)
+        fleet = Fleet([prefill("b0", B), busy, prefill("a0"), decode()])
+        found = route(1000, holder("b1", B, 500), fleet=fleet, policy=policy)
+        assert (found.prefill.worker_id, found.reason) == (name, reason)
+
+
+# --- all rules ----------------------------------------------------------------------------------------------
+
+
+def test_the_decode_worker_has_room_if_any_has() -> None:
+    """The least busy one is full: the next takes the prompt; none has room: the least busy one."""
+    full = decode("d0", total_pages=10, used_pages=5, page_tokens=100)
+    roomy = decode("d1", running=3, total_pages=10, used_pages=0, page_tokens=100)
+    fleet = Fleet([prefill("b0", B), full, roomy])
+    assert route(600, fleet=fleet).decode.worker_id == "d1"
+    assert route(400, fleet=fleet, output_tokens=300).decode.worker_id == "d1"
+    assert route(400, fleet=fleet).decode.worker_id == "d0"
+    assert route(4000, fleet=fleet).decode.worker_id == "d0"
+
+
+@pytest.mark.parametrize("name", PolicyName)
+def test_no_workers_is_unavailable_with_its_reason(name: PolicyName) -> None:
     """Nothing left is an error that names the missing side."""
-    with pytest.raises(Unavailable) as error:
-        route(10, workers=Workers(B, (prefill("b0", B),), ()))
-    assert error.value.reason == "no_decode_worker"
-    with pytest.raises(Unavailable) as error:
-        route(10, workers=Workers(B, (), (decode(),)))
-    assert error.value.reason == "no_prefill_worker"
+    for fleet, reason in (
+        (Fleet([prefill("b0", B)]), "no_decode_worker"),
+        (Fleet([decode()]), "no_prefill_worker"),
+        (Fleet([prefill("b0", B, healthy=False), prefill("c0", C), decode()]), "no_prefill_worker"),
+    ):
+        with pytest.raises(Unavailable) as error:
+            route(10, fleet=fleet, policy=Policy(name))
+        assert error.value.reason == reason
 
 
-NAMES = [WorkerId(f"w{i}") for i in range(5)]
-SITES = st.sampled_from([A, B, SiteId("C")])
+NAMES = [WorkerId(f"w{i}") for i in range(6)]
+SITES = st.sampled_from([A, B, C])
 PREFILLS = st.lists(
+    st.tuples(
+        st.sampled_from(NAMES),
+        SITES,
+        st.booleans(),
+        st.integers(0, 3),
+        st.just(100),
+    ),
+    max_size=6,
+    unique_by=lambda w: w[0],
+)
+LINKS = st.lists(
     st.builds(
-        PrefillWorker,
-        worker_id=st.sampled_from(NAMES),
-        site=SITES,
-        healthy=st.booleans(),
-        in_flight_tokens=st.integers(0, 3),
-        assigned=st.integers(0, 2),
+        LinkState,
+        SITES,
+        SITES,
+        st.sampled_from([1e5, 1e6, 1e9]),
+        committed_bytes=st.sampled_from([0.0, 1e5, 1e7]),
+        rtt_s=st.sampled_from([0.0, 0.1]),
+        price_per_gb=st.sampled_from([0.0, 1.0]),
+        up=st.booleans(),
     ),
     max_size=5,
-    unique_by=lambda w: w.worker_id,
-).map(tuple)
-DECODES = st.lists(
-    st.builds(
-        DecodeWorker,
-        worker_id=st.sampled_from([WorkerId(f"d{i}") for i in range(3)]),
-        site=SITES,
-        healthy=st.booleans(),
-        in_flight_tokens=st.integers(0, 3),
-    ),
-    max_size=3,
-    unique_by=lambda w: w.worker_id,
-).map(tuple)
-HOLDERS = st.lists(st.builds(holder, st.sampled_from(NAMES), SITES, st.integers(0, 12)), max_size=6).map(
-    tuple
+).map(lambda links: {(x.src, x.dst): x for x in links if x.src != x.dst})
+POLICIES = st.builds(
+    Policy,
+    st.sampled_from(PolicyName),
+    st.integers(0, 1200),
+    max_link_wait_s=st.sampled_from([0.5, 2.0]),
+    work_weight=st.sampled_from([0.0, 0.5]),
+    cost_weight_s=st.sampled_from([0.0, 100.0]),
+    can_pull=st.booleans(),
 )
-LINKS = st.lists(st.builds(LinkView, SITES, SITES, st.sampled_from([0.0, 1e9]), st.booleans()), max_size=4)
-REQUESTS = st.builds(
-    Request,
-    request_id=st.just("r"),
-    total_tokens=st.integers(1, 12),
-    excluded=st.frozensets(st.sampled_from([*NAMES, WorkerId("d0")]), max_size=2),
-)
-POLICIES = st.builds(Policy, st.sampled_from(PolicyName), st.integers(0, 12))
 
 
-@given(REQUESTS, HOLDERS, PREFILLS, DECODES, LINKS, POLICIES)
-def test_choice_equals_brute_force(
-    request_: Request,
-    holders: tuple[Holder, ...],
-    prefills: tuple[PrefillWorker, ...],
-    decodes: tuple[DecodeWorker, ...],
-    links: list[LinkView],
+@given(
+    st.integers(1, 1200),
+    st.lists(st.tuples(st.sampled_from(NAMES), st.integers(0, 1200)), max_size=8),
+    PREFILLS,
+    LINKS,
+    st.frozensets(st.sampled_from(NAMES), max_size=2),
+    POLICIES,
+)
+def test_every_rule_keeps_the_contract(
+    total: int,
+    held: list[tuple[WorkerId, int]],
+    prefills: list[tuple[WorkerId, SiteId, bool, int, int]],
+    links: dict[tuple[SiteId, SiteId], LinkState],
+    excluded: frozenset[WorkerId],
     policy: Policy,
 ) -> None:
-    """Enumerate every pair, keep the allowed ones, rank them by the written rule: the same answer."""
-    workers, match = Workers(B, prefills, decodes), Match(holders)
-
-    def cached(w: PrefillWorker) -> int:
-        claims = [h.usable_tokens for h in holders if h.worker_id == w.worker_id]
-        return min(max(claims, default=0), request_.total_tokens - 1)
-
-    def claim(w: PrefillWorker) -> int:
-        return max([h.usable_tokens for h in holders if h.worker_id == w.worker_id], default=0)
-
-    allowed = [
-        (p, d)
-        for p in prefills
-        for d in decodes
-        if p.healthy
-        and d.healthy
-        and d.site == B
-        and not {p.worker_id, d.worker_id} & request_.excluded
-        and (p.site == B or any((x.src, x.dst, x.up) == (p.site, B, True) and x.bytes_per_s for x in links))
+    """Only what may be used is chosen, sums add up, twice the same is the same; `ttft` is a minimum."""
+    site_of = {name: site for name, site, *_ in prefills}
+    match = Match(tuple(holder(n, site_of.get(n, A), tokens) for n, tokens in held))
+    workers = [
+        WorkerState(
+            n, s, Role.PREFILL, FAST if s == A else SLOW, healthy=h, queued_s=0.1 * q, jobs=q, chunk_tokens=c
+        )
+        for n, s, h, q, c in prefills
     ]
-    if not allowed:
+    request = Request("r", total, B, excluded=excluded)
+
+    def usable(w: WorkerState) -> bool:
+        link = links.get((w.site, B))
+        return (
+            w.healthy and w.worker_id not in excluded and (w.site == B or (link is not None and link.usable))
+        )
+
+    def decide(order: list[WorkerState]) -> Decision:
+        return choose(request, match, Fleet([*order, decoder]), links, policy, 0.0)
+
+    decoder = decode()
+    if not any(usable(w) for w in workers):
         with pytest.raises(Unavailable):
-            choose(request_, match, workers, links, policy, 0.0)
+            decide(workers)
         return
-    shortest = min(
-        [request_.total_tokens - cached(p) for p, _ in allowed if p.site == B], default=request_.total_tokens
-    )
-    local_wanted = policy.name is PolicyName.LOCAL or (
-        policy.name is PolicyName.PRFAAS and shortest <= policy.threshold_tokens
-    )
-    expected = min(
-        allowed,
-        key=lambda pair: (
-            (pair[0].site == B) is not local_wanted,
-            -claim(pair[0]),
-            pair[0].in_flight_tokens,
-            pair[0].assigned,
-            pair[0].worker_id,
-            pair[1].in_flight_tokens,
-            pair[1].assigned,
-            pair[1].worker_id,
-        ),
-    )
-    decision = choose(request_, match, workers, links, policy, 0.0)
-    assert (decision.prefill, decision.decode) == expected
-    assert decision.kind is (RouteKind.LOCAL if expected[0].site == B else RouteKind.REMOTE)
-    assert decision.matched_tokens == cached(expected[0])
-    assert decision.uncached_tokens + decision.matched_tokens == request_.total_tokens
-    assert decision.uncached_tokens >= 1
-    assert decision.local_uncached_tokens == shortest
-    assert decision == choose(request_, match, workers, list(reversed(links)), policy, 99.0)
-    shuffled = Workers(B, prefills[::-1], decodes[::-1])
-    assert decision == choose(request_, Match(holders[::-1]), shuffled, links, policy, 0.0)
+    found = decide(workers)
+    assert usable(found.prefill)
+    assert found.kind is (RouteKind.LOCAL if found.prefill.site == B else RouteKind.REMOTE)
+    assert found.matched_tokens + found.uncached_tokens == total
+    assert found.uncached_tokens >= 1
+    assert math.isfinite(found.predicted.ttft_s)
+    if found.pull is None:
+        claim = max([tokens for n, tokens in held if n == found.prefill.worker_id], default=0)
+        assert found.matched_tokens == min(claim, total - 1)
+        assert (found.wire_bytes > 0) is (found.kind is RouteKind.REMOTE)
+    else:
+        assert policy.can_pull
+        assert found.matched_tokens == found.pull.tokens
+    assert decide(workers) == found
+    if policy.name is not PolicyName.ROUND_ROBIN:
+        assert decide(workers[::-1]).prefill.worker_id == found.prefill.worker_id
+    if policy.name is PolicyName.TTFT:
+        _check_least(found, total, match, [w for w in workers if usable(w)], links, policy)
+
+
+def _check_least(
+    found: Decision,
+    total: int,
+    match: Match,
+    usable: list[WorkerState],
+    links: dict[tuple[SiteId, SiteId], LinkState],
+    policy: Policy,
+) -> None:
+    """Brute force over the ways without a pull: none that may be taken is better by the margins."""
+
+    def score(ttft_s: float, prefill_s: float, cost: float) -> float:
+        return ttft_s + policy.work_weight * prefill_s + policy.cost_weight_s * cost
+
+    terms = found.predicted
+    chosen = score(terms.ttft_s, terms.prefill_s, found.cost)
+    for worker in usable:
+        matched = min(match.usable_tokens(worker.worker_id), total - 1)
+        assert worker.profile is not None
+        prefill_s = worker.profile.prefill_s(total - matched, matched)
+        done_s, cost = worker.queued_s + prefill_s, 0.0
+        if worker.site != B:
+            link = links[worker.site, B]
+            if link.backlog_s() >= policy.max_link_wait_s:
+                continue
+            size = worker.profile.kv_bytes(total)
+            sent_s = size / link.rate_bytes_per_s
+            last_s = done_s + sent_s * min(1.0, worker.chunk_tokens / total)
+            done_s = max(last_s, max(worker.queued_s, link.backlog_s()) + sent_s) + link.rtt_s
+            cost = link.price(size)
+        other = score(done_s, prefill_s, cost)
+        margin = max(policy.margin_s, policy.margin_ratio * chosen)
+        assert other + margin >= chosen - 1e-9

@@ -1,0 +1,1 @@
+"""The routing rules, one file each; router/core/policy.py calls them by name."""

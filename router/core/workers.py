@@ -1,0 +1,210 @@
+"""The fleet as the router counts it: work queued on every worker, with the least loaded one at hand.
+
+Decides nothing about routes. Every change costs O(log workers), and the least loaded worker of a site is read
+in O(1), so that no decision walks over all workers. Must not look at a clock; `now_s` is the caller's.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from cache_service.core.ids import SiteId, WorkerId
+from router.core.profile import ModelProfile
+
+
+class Role(StrEnum):
+    """What a worker does."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(slots=True, eq=False)
+class WorkerState:
+    """One worker as it is now; change it through its Fleet, or call `Fleet.touch` after.
+
+    The prefill workers of one site are taken to be of one chip type, as in the paper: among those that hold
+    nothing the least loaded one is looked at, whatever its profile.
+
+    Attributes:
+        profile: what the model costs on it, None when not known.
+        chunk_tokens: its prefill chunk: KV of earlier chunks travels while the last is computed.
+        queued_tokens, queued_s: uncached tokens, and predicted seconds, of prefills given and not over.
+        jobs: prefills given and not over.
+        head_since_s: when the first of them began, as far as it is known.
+        running: requests that it decodes, or that are on their way to it.
+        total_pages, used_pages: KV pages of a decode worker; 0 pages in all means not known, not full.
+        page_tokens: tokens of a page.
+        assigned: requests given to it since the start; breaks ties in turn.
+    """
+
+    worker_id: WorkerId
+    site: SiteId
+    role: Role
+    profile: ModelProfile | None = None
+    chunk_tokens: int = 8192
+    healthy: bool = True
+    queued_tokens: int = 0
+    queued_s: float = 0.0
+    jobs: int = 0
+    head_since_s: float = 0.0
+    running: int = 0
+    total_pages: int = 0
+    used_pages: int = 0
+    page_tokens: int = 1
+    assigned: int = 0
+
+    def wait_s(self, now_s: float) -> float:
+        """Return how long a prefill given now waits for those before it: their work less what is done."""
+        if self.jobs <= 0:
+            return 0.0
+        # The head counts as one mean job, and as done at most.
+        done_s = min(self.queued_s / self.jobs, max(0.0, now_s - self.head_since_s))
+        return max(0.0, self.queued_s - done_s)
+
+    def has_room(self, tokens: int) -> bool:
+        """Say whether a decode worker has pages for `tokens`; always when its size is not known."""
+        return not self.total_pages or self.used_pages + -(-tokens // self.page_tokens) <= self.total_pages
+
+    def load(self) -> tuple[float, int, int, WorkerId]:
+        """Return the key that orders the workers of a role in a site, least loaded first."""
+        if self.role is Role.PREFILL:
+            return (self.queued_s, self.queued_tokens, self.assigned, self.worker_id)
+        return (self.running, self.used_pages, self.assigned, self.worker_id)
+
+
+class Pool:
+    """The workers of one role in one site, least loaded first at hand.
+
+    A heap whose entries are not moved but outdated: each change adds an entry, and one that is no longer its
+    worker's newest is dropped when it comes to the top.
+    """
+
+    __slots__ = ("_heap", "_newest", "_order", "members")
+
+    def __init__(self) -> None:
+        self.members: dict[WorkerId, WorkerState] = {}
+        self._order: list[WorkerState] = []
+        self._newest: dict[WorkerId, tuple[float, int, int, WorkerId]] = {}
+        self._heap: list[tuple[tuple[float, int, int, WorkerId], WorkerState]] = []
+
+    def add(self, worker: WorkerState) -> None:
+        self.members[worker.worker_id] = worker
+        self._order.append(worker)
+        self.touch(worker)
+
+    def remove(self, worker: WorkerState) -> None:
+        del self.members[worker.worker_id]
+        self._order.remove(worker)
+        self._newest.pop(worker.worker_id, None)
+
+    def touch(self, worker: WorkerState) -> None:
+        """Take note of a changed load or health. O(log n) amortised."""
+        if not worker.healthy:
+            self._newest.pop(worker.worker_id, None)
+            return
+        key = worker.load()
+        if self._newest.get(worker.worker_id) == key:
+            return
+        self._newest[worker.worker_id] = key
+        if len(self._heap) > 4 * len(self.members) + 16:
+            self._heap = [(k, self.members[w]) for w, k in self._newest.items()]
+            heapq.heapify(self._heap)
+        else:
+            heapq.heappush(self._heap, (key, worker))
+
+    def least(self, excluded: Collection[WorkerId] = ()) -> WorkerState | None:
+        """Return the least loaded healthy worker that is not excluded, None when there is none."""
+        heap, newest = self._heap, self._newest
+        while heap and newest.get(heap[0][1].worker_id) != heap[0][0]:
+            heapq.heappop(heap)
+        if not heap:
+            return None
+        if not excluded or heap[0][1].worker_id not in excluded:
+            return heap[0][1]
+        left = [key for worker_id, key in newest.items() if worker_id not in excluded]
+        return self.members[min(left)[3]] if left else None
+
+    def at(self, index: int) -> WorkerState:
+        """Return member number `index`, in the order they were added."""
+        return self._order[index]
+
+    def usable(self, excluded: Collection[WorkerId] = ()) -> Iterator[WorkerState]:
+        """Yield every healthy worker that is not excluded, in the order they were added."""
+        return (w for w in self.members.values() if w.healthy and w.worker_id not in excluded)
+
+
+class Fleet:
+    """All workers of all sites. One thread only."""
+
+    def __init__(self, workers: Iterable[WorkerState] = ()) -> None:
+        self.workers: dict[WorkerId, WorkerState] = {}
+        self.prefill: dict[SiteId, Pool] = {}
+        self.decode: dict[SiteId, Pool] = {}
+        #: Prefills given since the start: whose turn it is.
+        self.turn = 0
+        for worker in workers:
+            self.add(worker)
+
+    def add(self, worker: WorkerState) -> None:
+        """Take a worker in. Raises ValueError when its name is taken."""
+        if worker.worker_id in self.workers:
+            raise ValueError(f"worker {worker.worker_id!r} is there already")
+        self.workers[worker.worker_id] = worker
+        self._pools(worker.role).setdefault(worker.site, Pool()).add(worker)
+
+    def remove(self, worker_id: WorkerId) -> None:
+        """Forget a worker. Raises KeyError when it is not known."""
+        worker = self.workers.pop(worker_id)
+        pools = self._pools(worker.role)
+        pools[worker.site].remove(worker)
+        if not pools[worker.site].members:
+            del pools[worker.site]
+
+    def _pools(self, role: Role) -> dict[SiteId, Pool]:
+        return self.prefill if role is Role.PREFILL else self.decode
+
+    def touch(self, worker: WorkerState) -> None:
+        """Take note of a worker's fields that were changed from outside."""
+        self._pools(worker.role)[worker.site].touch(worker)
+
+    def set_healthy(self, worker: WorkerState, healthy: bool) -> None:
+        """Let a worker be chosen, or not."""
+        if worker.healthy is not healthy:
+            worker.healthy = healthy
+            self.touch(worker)
+
+    def give_prefill(self, worker: WorkerState, tokens: int, seconds: float, now_s: float) -> None:
+        """Queue a prefill of `tokens` uncached tokens and `seconds` predicted seconds on a worker."""
+        if not worker.jobs:
+            worker.head_since_s = now_s
+        worker.jobs += 1
+        worker.queued_tokens += tokens
+        worker.queued_s += seconds
+        worker.assigned += 1
+        self.turn += 1
+        self.touch(worker)
+
+    def end_prefill(self, worker: WorkerState, tokens: int, seconds: float, now_s: float) -> None:
+        """Take back what `give_prefill` queued, with the same figures; the next in line begins."""
+        worker.jobs -= 1
+        worker.queued_tokens -= tokens
+        worker.queued_s = max(0.0, worker.queued_s - seconds) if worker.jobs else 0.0
+        worker.head_since_s = now_s
+        self.touch(worker)
+
+    def give_decode(self, worker: WorkerState, tokens: int) -> None:
+        """Reserve a decode worker's pages for `tokens` tokens, prompt and answer."""
+        worker.running += 1
+        worker.used_pages += -(-tokens // worker.page_tokens)
+        worker.assigned += 1
+        self.touch(worker)
+
+    def end_decode(self, worker: WorkerState, tokens: int) -> None:
+        """Take back what `give_decode` reserved."""
+        worker.running -= 1
+        worker.used_pages -= -(-tokens // worker.page_tokens)
+        self.touch(worker)
