@@ -77,6 +77,24 @@ stage, cost per million tokens with egress, and what other bandwidths, hit ratio
 Model output, explained in docs/planning.md.
 """
 
+SIMULATE_EXAMPLE = """\
+example:
+  prfaas simulate scenario.yaml
+  prfaas simulate scenario.yaml --policy prfaas --seed 3 --json result.json --plot result.png
+  prfaas simulate scenario.yaml --trace conversation_trace.jsonl
+
+the smallest scenario:
+  sites:
+    - {name: A, prefill: 4, profile: h200}
+    - {name: B, prefill: 3, decode: 5, profile: h20}
+  links:
+    - {src: A, dst: B, gbps: 100}
+  workload: {kind: poisson, rate: 2.7, requests: 4000}
+  policy: {name: ttft}
+
+Simulated, in virtual time, repeatable by its seed; what is simulated and what is not: docs/simulation.md.
+"""
+
 PROFILE_EXAMPLE = """\
 example:
   prfaas profile --url http://prefill:30000 --telemetry http://prefill:9400 --decode http://decode:30000 \\
@@ -153,6 +171,17 @@ def _parser(command: Sequence[str] = ()) -> argparse.ArgumentParser:
     plan.add_argument("--plots", type=Path, metavar="DIR", help="also draw plots (needs matplotlib)")
     plan.add_argument("--print-example", action="store_true", help="print a commented plan file and exit")
     plan.set_defaults(run=_plan)
+
+    simulate = _command(
+        commands, "simulate", "simulate a fleet under the router's own decisions", SIMULATE_EXAMPLE
+    )
+    simulate.add_argument("config", type=Path, metavar="CONFIG", help="the scenario (YAML)")
+    simulate.add_argument("--trace", type=Path, metavar="PATH", help="use this trace (Mooncake's JSONL)")
+    simulate.add_argument("--policy", metavar="NAME", help="use this rule (docs/routing.md)")
+    simulate.add_argument("--seed", type=int, metavar="N", help="use this seed")
+    simulate.add_argument("--json", type=Path, metavar="OUT", help="write the scenario and all figures here")
+    simulate.add_argument("--plot", type=Path, metavar="OUT", help="write a picture here (needs matplotlib)")
+    simulate.set_defaults(run=_simulate)
 
     profile = _command(commands, "profile", "measure what prompts cost on a live worker", PROFILE_EXAMPLE)
     profile.add_argument(
@@ -262,6 +291,20 @@ def _certs(arguments: argparse.Namespace) -> int:
         print(f"site {site}: {files.ca} {files.cert} {files.key}")
     print(f"keep {arguments.folder / 'ca.key'} away from the workers: it signs new sites")
     return 0
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    from router.simulate import cli
+
+    return cli.run(
+        arguments.config,
+        sys.stdout,
+        trace=arguments.trace,
+        policy=arguments.policy,
+        seed=arguments.seed,
+        json_file=arguments.json,
+        plot_file=arguments.plot,
+    )
 
 
 def _plan(arguments: argparse.Namespace) -> int:
