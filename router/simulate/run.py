@@ -251,12 +251,14 @@ class Simulation:
         decision = job.decided
         engine = self.prefills[decision.prefill.worker_id]
         depth = decision.pull.tokens // self.scenario.engine.block_tokens
-        held = engine.cache.depth(job.blocks)
-        if depth > held and engine.cache.room(depth - held, self.clock.now_s):
-            blocks = job.blocks[:depth]
-            engine.cache.lock(blocks, held)
-            engine.cache.store(blocks, held, [depth], self.clock.now_s)
-            engine.cache.release(blocks, depth)
+        cache, blocks, now_s = engine.cache, job.blocks[:depth], self.clock.now_s
+        held = cache.depth(blocks)
+        cache.lock(blocks, held)
+        if cache.room(depth - held, now_s):
+            cache.store(blocks, held, [depth], now_s)
+            cache.release(blocks, depth)
+        else:
+            cache.release(blocks, held)
         engine.submit(job)
 
     # --- from the prompt to the first token ------------------------------------------------------------------

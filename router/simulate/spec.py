@@ -98,7 +98,7 @@ class WorkloadSpec(Spec):
 
     Attributes:
         kind: `poisson`, `bursty` (two-state modulated Poisson), `trace` (Mooncake's JSONL), `agents`.
-        requests: how many in all; for a trace 0 is all of it.
+        requests: how many in all; for a trace 0 is all of it; agents come until that many calls are planned.
         rate: requests a second over all homes (`agents`: sessions a second).
         trace: path of the JSONL file; `speed` divides its times.
         homes: sites that clients come in at, in equal shares; empty: every site with decode workers. Poisson
@@ -111,7 +111,8 @@ class WorkloadSpec(Spec):
             `prefix_share` of the prompt's length.
         calls, think_s, tool_s, system_tokens, systems, first_tokens, grown_tokens: agents: mean calls of a
             session, mean pauses (one in `turn_calls` calls waits for a person), shared system prompts, and
-            what the first and every other call add.
+            what the first and every other call add; above `compact_tokens` a session begins anew after its
+            system prompt.
         subagents: share of calls that send off an agent of their own, with the same system prompt.
     """
 
@@ -136,10 +137,11 @@ class WorkloadSpec(Spec):
     think_s: NotNegative = 60.0
     tool_s: NotNegative = 4.0
     turn_calls: Count = 10
-    system_tokens: Count = 16_384
+    system_tokens: Count = 12_288
     systems: Count = 8
-    first_tokens: Count = 8192
-    grown_tokens: Count = 2048
+    first_tokens: Count = 16_384
+    grown_tokens: Count = 6000
+    compact_tokens: Count = 112_000
     subagents: Share = 0.03
 
 

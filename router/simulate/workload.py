@@ -177,18 +177,20 @@ class Trace:
 class _Session:
     name: str
     home: SiteId
+    rng: random.Random
+    system: int
+    calls_left: int
     blocks: list[int]
     tokens: int
-    calls_left: int
-    system: int
-    is_child: bool = False
+    children: int = 0
 
 
 class Agents:
     """Coding agents: a shared system prompt, then calls that each add what the last tool or person said.
 
     Shaped after the aggregates that GitHub published of its Copilot coding agents in 2026 (31 calls a session,
-    68 thousand prompt tokens a call, 86 % of them cached); what it does not publish is chosen here.
+    68 thousand prompt tokens a call, 86 % of them cached); what it does not publish is chosen here. Every
+    session has random numbers of its own, so that what it asks does not depend on how it is served.
     """
 
     def __init__(
@@ -201,41 +203,38 @@ class Agents:
         self._ids = Ids()
         self._systems = [self._ids.fresh(spec.system_tokens // block_tokens) for _ in range(spec.systems)]
         self._given = 0
-        self._sessions = 0
 
     def arrivals(self) -> Iterator[Job]:
         """Yield the first call of every session."""
-        now_s = 0.0
-        while self._room():
-            now_s += self._rng.expovariate(self.spec.rate)
-            home = self._homes[int(self._rng.random() * len(self._homes))]
-            system = min(int(self._rng.expovariate(1.5 / len(self._systems))), len(self._systems) - 1)
-            yield self._first(now_s, home, system, is_child=False)
+        now_s, planned, rng = 0.0, 0, self._rng
+        while planned < self.spec.requests:
+            now_s += rng.expovariate(self.spec.rate)
+            home = self._homes[int(rng.random() * len(self._homes))]
+            system = min(int(rng.expovariate(3.0 / len(self._systems))), len(self._systems) - 1)
+            calls = 1 + int(rng.expovariate(1.0 / max(1e-9, self.spec.calls - 1)))
+            planned += calls
+            seed = rng.getrandbits(64)
+            yield self._first(now_s, _Session(f"s{seed}", home, random.Random(seed), system, calls, [], 0))
 
-    def _room(self) -> bool:
-        return self._given < self.spec.requests
-
-    def _first(self, at_s: float, home: SiteId, system: int, *, is_child: bool) -> Job:
-        self._sessions += 1
-        mean = self.spec.calls / 4 if is_child else self.spec.calls
-        calls = 1 + int(self._rng.expovariate(1.0 / max(1e-9, mean - 1)))
-        blocks = self._systems[system]
-        session = _Session(
-            f"s{self._sessions}", home, list(blocks), len(blocks) * self._block, calls, system, is_child
-        )
-        self._grow(session, self.spec.first_tokens)
+    def _first(self, at_s: float, session: _Session) -> Job:
+        self._anew(session)
         return self._call(session, at_s)
+
+    def _anew(self, session: _Session) -> None:
+        session.blocks = list(self._systems[session.system])
+        session.tokens = len(session.blocks) * self._block
+        self._grow(session, self.spec.first_tokens)
 
     def _grow(self, session: _Session, mean_tokens: float) -> None:
         sigma = 1.0
-        grown = self._rng.lognormvariate(math.log(mean_tokens) - sigma * sigma / 2, sigma)
+        grown = session.rng.lognormvariate(math.log(mean_tokens) - sigma * sigma / 2, sigma)
         session.tokens = min(self.spec.high, session.tokens + 1 + int(grown))
         session.blocks += self._ids.fresh(session.tokens // self._block - len(session.blocks))
 
     def _call(self, session: _Session, at_s: float) -> Job:
         self._given += 1
         session.calls_left -= 1
-        answer = 1 + int(self._rng.expovariate(1.0 / self.spec.output_tokens))
+        answer = 1 + int(session.rng.expovariate(1.0 / self.spec.output_tokens))
         return Job(
             self._given, at_s, session.tokens, answer, session.home, tuple(session.blocks),
             session=session.name, state=session,
@@ -243,13 +242,20 @@ class Agents:
 
     def after(self, job: Job, now_s: float) -> Sequence[Job]:
         """Return the session's next call, and the first of an agent that it sends off."""
-        session, spec, rng = job.state, self.spec, self._rng
-        found: list[Job] = []
-        if not session.is_child and self._room() and rng.random() < spec.subagents:
-            found.append(self._first(now_s + 0.1, session.home, session.system, is_child=True))
-        if session.calls_left > 0 and self._room() and session.tokens < spec.high:
+        session, spec = job.state, self.spec
+        rng, found = session.rng, []
+        if "." not in session.name and rng.random() < spec.subagents:
+            session.children += 1
+            calls = 1 + int(rng.expovariate(4.0 / spec.calls))
+            name, own = f"{session.name}.{session.children}", random.Random(rng.getrandbits(64))
+            child = _Session(name, session.home, own, session.system, calls, [], 0)
+            found.append(self._first(now_s + 0.1, child))
+        if session.calls_left > 0:
             pause_s = spec.think_s if rng.randrange(spec.turn_calls) == 0 else spec.tool_s
             session.tokens += job.output_tokens
-            self._grow(session, spec.grown_tokens)
+            if session.tokens > spec.compact_tokens:
+                self._anew(session)
+            else:
+                self._grow(session, spec.grown_tokens)
             found.append(self._call(session, now_s + rng.expovariate(1.0 / pause_s) if pause_s else now_s))
         return found

@@ -1,0 +1,1 @@
+"""Parts of bench_simulate: the peer and the cases."""
