@@ -1,4 +1,4 @@
-"""The simulator and the policies in it: `python -m benchmarks.bench_simulate [--trace FILE] [--only NAME ...]`.
+"""The simulator and the policies in it: `python -m benchmarks.bench_simulate [--trace FILE]`.
 
 trace    one site, against NVIDIA Dynamo's offline replay of the same trace in the same run: hit ratio, TTFT,
          speed; `--trace conversation_trace.jsonl`, else a made-up one; and round robin in both, which shows

@@ -20,7 +20,7 @@ from benchmarks.simulate import peer
 from benchmarks.transfer.peers import Missing
 from router.core.optimum import by_grid
 from router.core.profiles import case_study
-from router.core.throughput import System
+from router.core.throughput import Remote, System
 from router.core.workload import PAPER
 from router.simulate.report import Records
 from router.simulate.run import simulate
@@ -45,7 +45,11 @@ def _trace_like(requests: int) -> Path:
             grown = rng.randrange(2, 25)
             ids = [*ids, *range(fresh, fresh + grown)]
             fresh += grown
-            row = {"timestamp": int(at_ms), "input_length": len(ids) * 512, "output_length": rng.randrange(1, 700)}
+            row = {
+                "timestamp": int(at_ms),
+                "input_length": len(ids) * 512,
+                "output_length": rng.randrange(1, 700),
+            }
             out.write(json.dumps({**row, "hash_ids": ids}) + "\n")
             if len(ids) < 200:
                 open_ones.append(ids)
@@ -93,14 +97,16 @@ def trace(smoke: bool, path: Path | None) -> list[Row]:
 
     ours = records.summary(10.0)
     name = why or f"{peer.NAME}, kv router"
-    note = f"{ours['requests']['rejected']} rejected, {ours['requests']['failed']} failed of {ours['requests']['asked']}"
+    asked = ours["requests"]
+    note = f"{asked['rejected']} rejected, {asked['failed']} failed of {asked['asked']}"
     hit, their_hit = ours["tokens"]["hit_ratio"], median("prefix_cache_reused_ratio")
     rows = [
         Row(f"{setting}: hit ratio", "", hit, their_hit, name, 1.0, kind="simulated", note=note),
         _less(f"{setting}: mean TTFT", "ms", ours["ttft_s"]["mean"] * 1e3, median("mean_ttft_ms"), name),
         _less(f"{setting}: p99 TTFT", "ms", ours["ttft_s"]["p99"] * 1e3, median("p99_ttft_ms"), name),
         _less(
-            f"{what}: replay, wall time", "s", statistics.median(walls), median("wall_s"), name, kind="measured",
+            f"{what}: replay, wall time", "s", statistics.median(walls), median("wall_s"), name,
+            kind="measured",
             note=f"processor {statistics.median(cpus):.2f} s against {median('cpu_s') or math.nan:.2f} s",
         ),
     ]  # fmt: skip
@@ -111,7 +117,15 @@ def trace(smoke: bool, path: Path | None) -> list[Row]:
         ("p99 TTFT", "ms", turn["ttft_s"]["p99"] * 1e3, "p99_ttft_ms"),
     ):
         rows.append(
-            Row(f"round_robin of both, {label}", unit, value, their_turn.get(key), same, within=0.05, kind="simulated")
+            Row(
+                f"round_robin of both, {label}",
+                unit,
+                value,
+                their_turn.get(key),
+                same,
+                within=0.05,
+                kind="simulated",
+            )
         )
     return rows
 
@@ -123,7 +137,7 @@ def _less(
     return Row(name, unit, ours, theirs, who, bar, lower_is_better=True, kind=kind, note=note)
 
 
-# --- two sites, the paper's fleet ---------------------------------------------------------------------------
+# --- two sites, the paper's fleet ----------------------------------------------------------------------
 
 
 def interval(values: Sequence[float]) -> str:
@@ -136,40 +150,50 @@ def interval(values: Sequence[float]) -> str:
 
 
 def goodput(smoke: bool) -> list[Row]:
-    """`ttft` against `prfaas` on the paper's fleet: bursty, 85 % of what the model says it sustains."""
-    best = by_grid([System(case_study.H200, case_study.H20, 4, 3, 5, 12.5e9)], PAPER)
-    rate, threshold = 0.85 * best.requests_per_s, round(best.at.threshold)
-    seeds = range(2 if smoke else 20)
-    rows: list[Row] = []
-    rivals = {
-        "prfaas": ({"name": "prfaas", "threshold_tokens": threshold}, {}),
-        "prfaas, t fixed, no admission": (
-            {"name": "prfaas", "threshold_tokens": threshold, "max_link_wait_s": 1e6},
-            {"admission": False},
-        ),
+    """`ttft` against `prfaas` on the paper's fleet: bursty, 85 % of what the model says it sustains.
+
+    As shipped, and the rules alone: without admission and without a limit on a link's backlog.
+    """
+    best = by_grid([System(case_study.H20, 3, 5, 1024, (Remote(4, case_study.H200, 12.5e9),))], PAPER)
+    rate = 0.85 * best.requests_per_s
+    paper = {"name": "prfaas", "threshold_tokens": round(best.at.threshold)}
+    alone: Spec = {"admission": False}
+    ways: dict[str, Spec] = {
+        "ttft": {"policy": {"name": "ttft"}},
+        "prfaas": {"policy": paper},
+        "ttft alone": {"policy": {"name": "ttft", "max_link_wait_s": 1e6}, **alone},
+        "prfaas alone": {"policy": {**paper, "max_link_wait_s": 1e6}, **alone},
     }
+    pairs = (("ttft", "prfaas"), ("ttft alone", "prfaas alone"), ("ttft", "prfaas alone"))
+    rows: list[Row] = []
     for fluctuates in (False, True):
         for shared in (0.0, 0.5):
-            setting = f"{'link 20-100' if fluctuates else 'link 100'} Gbit/s, {'shared' if shared else 'no'} prefixes"
-            link = {"src": "A", "dst": "B", "gbps": 100}
-            if fluctuates:
-                link |= {"low_gbps": 20, "high_gbps": 100}
-            spec: Spec = {
-                "sites": [
-                    {"name": "A", "prefill": 4, "profile": "h200"},
-                    {"name": "B", "prefill": 3, "decode": 5, "profile": "h20"},
-                ],
-                "links": [link],
-                "workload": {
-                    "kind": "bursty", "rate": rate, "requests": 200 if smoke else 2000, "burst_ratio": 2.0,
-                    "shared": shared, "prefix_share": 0.5,
-                },
-            }  # fmt: skip
-            ours = [simulate(parse({**spec, "policy": {"name": "ttft"}, "seed": s})).summary(10.0) for s in seeds]
-            for rival, (policy, more) in rivals.items():
-                theirs = [simulate(parse({**spec, "policy": policy, **more, "seed": s})).summary(10.0) for s in seeds]
-                rows += _compared(setting, rival, ours, theirs, tail=bool(shared) or fluctuates)
+            spec = _paper_fleet(200 if smoke else 2000, rate, shared, fluctuates)
+            found = {name: _seeds(spec | way, 2 if smoke else 20) for name, way in ways.items()}
+            setting = "link 20-100" if fluctuates else "link 100"
+            setting += " Gbit/s, shared prefixes" if shared else " Gbit/s, no prefixes"
+            for a, b in pairs:
+                rows += _compared(f"{setting}, {a}", b, found[a], found[b], tail=bool(shared) or fluctuates)
     return rows
+
+
+def _paper_fleet(requests: int, rate: float, shared: float, fluctuates: bool) -> Spec:
+    link: Spec = {"src": "A", "dst": "B", "gbps": 100}
+    if fluctuates:
+        link |= {"low_gbps": 20, "high_gbps": 100}
+    work = {"kind": "bursty", "rate": rate, "requests": requests, "burst_ratio": 2.0}
+    return {
+        "sites": [
+            {"name": "A", "prefill": 4, "profile": "h200"},
+            {"name": "B", "prefill": 3, "decode": 5, "profile": "h20"},
+        ],
+        "links": [link],
+        "workload": {**work, "shared": shared, "prefix_share": 0.5},
+    }
+
+
+def _seeds(spec: Spec, count: int) -> list[dict[str, Any]]:
+    return [simulate(parse({**spec, "seed": seed})).summary(10.0) for seed in range(count)]
 
 
 def _compared(
@@ -182,17 +206,19 @@ def _compared(
     note = interval([a / b for a, b in good if b]) + f"; {lost} of ours rejected or failed"
     return [
         Row(
-            f"{setting}: TTFT <= 10 s", "share", mean(a for a, _ in good), mean(b for _, b in good), rival, 1.0,
+            f"{setting}: TTFT <= 10 s", "share", mean(a for a, _ in good), mean(b for _, b in good), rival,
+            1.0,
             kind="simulated", note=note,
         ),
         Row(
             f"{setting}: p99 TTFT", "s", mean(a for a, _ in p99), mean(b for _, b in p99), rival,
-            0.9 if tail else None, lower_is_better=True, kind="simulated", note=interval([a / b for a, b in p99]),
+            0.9 if tail else None, lower_is_better=True, kind="simulated",
+            note=interval([a / b for a, b in p99]),
         ),
     ]  # fmt: skip
 
 
-# --- agents over four sites -----------------------------------------------------------------------------------
+# --- agents over four sites ----------------------------------------------------------------------------
 
 
 def agents(smoke: bool) -> list[Row]:
@@ -203,7 +229,8 @@ def agents(smoke: bool) -> list[Row]:
         "links": [{"src": a, "dst": b, "gbps": 100} for a in names for b in names if a != b],
         "engine": {"hybrid": True, "state_slots": 1024},
         "workload": {
-            "kind": "agents", "requests": 300 if smoke else 6000, "rate": 0.06, "output_tokens": 400, "systems": 16,
+            "kind": "agents", "requests": 300 if smoke else 6000, "rate": 0.06, "output_tokens": 400,
+            "systems": 16,
         },
     }  # fmt: skip
     rivals = {"ttft": {"name": "ttft"}, "ttft with cache transfer": {"name": "ttft", "can_pull": True}}
@@ -212,26 +239,28 @@ def agents(smoke: bool) -> list[Row]:
     rows: list[Row] = []
     for name, policy in rivals.items():
         found = [simulate(parse({**spec, "policy": policy, "seed": s})) for s in seeds]
-        who, mean = "cache_aware in one site", statistics.mean
+        who = "cache_aware in one site"
         pairs = list(zip(found, base, strict=True))
         figures: tuple[tuple[str, str, Any, float | None], ...] = (
             ("prefill instance-seconds", "s", lambda r: r.prefill_busy_s, 1.0),
             ("uncached tokens", "", lambda r: r.uncached_tokens, None),
-            ("mean TTFT", "s", lambda r: mean(r.ttft_s), None),
+            ("mean TTFT", "s", lambda r: statistics.mean(r.ttft_s), None),
         )
         for label, unit, of, bar in figures:
             ratios = [of(a) / of(b) for a, b in pairs]
-            ours, theirs = mean(of(a) for a in found), mean(of(b) for b in base)
+            ours, theirs = statistics.mean(of(a) for a in found), statistics.mean(of(b) for b in base)
             rows.append(
                 Row(f"agents, 4 sites, {name}: {label}", unit, ours, theirs, who, bar, lower_is_better=True,
                     kind="simulated", note=interval(ratios))
             )  # fmt: skip
-        gigabytes = mean((r.wire_bytes + r.pulled_bytes) / 1e9 for r in found)
-        rows.append(Row(f"agents, 4 sites, {name}: between sites", "GB", gigabytes, None, who, kind="simulated"))
+        gigabytes = statistics.mean((r.wire_bytes + r.pulled_bytes) / 1e9 for r in found)
+        rows.append(
+            Row(f"agents, 4 sites, {name}: between sites", "GB", gigabytes, None, who, kind="simulated")
+        )
     return rows
 
 
-# --- scale ------------------------------------------------------------------------------------------------------
+# --- scale ---------------------------------------------------------------------------------------------
 
 
 def scale(smoke: bool) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The peer's end, run by its own interpreter: NVIDIA Dynamo's offline replay of a trace; prints one JSON line.
+"""The peer's end, run by its own interpreter: NVIDIA Dynamo's offline replay; prints one JSON line.
 
 python dynamo_end.py TRACE WORKERS BLOCKS round_robin|kv_router
 """

@@ -1,1 +1,1 @@
-"""Discrete events in virtual time over the router's own decision core: `prfaas simulate` (docs/simulation.md)."""
+"""Discrete events in virtual time over the router's own decision core (docs/simulation.md)."""

@@ -72,8 +72,8 @@ def table(summary: dict[str, Any]) -> str:
     """Return the summary for people."""
     asked, tokens, slo = summary["requests"], summary["tokens"], summary["slo"]
     lines = [
-        f"{asked['asked']} requests: {asked['answered']} answered ({asked['remote']} prefilled in another site), "
-        f"{asked['rejected']} rejected, {asked['failed']} failed",
+        f"{asked['asked']} requests: {asked['answered']} answered "
+        f"({asked['remote']} prefilled in another site), {asked['rejected']} rejected, {asked['failed']} failed",
         f"{'seconds':<16}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}{'max':>10}",
     ]
     for name in ("ttft_s", *PARTS):
@@ -82,8 +82,11 @@ def table(summary: dict[str, Any]) -> str:
             lines.append(f"{name.removesuffix('_s'):<16}{values}")
     lines += [
         f"in time (TTFT <= {slo['ttft_s']:g} s): {slo['share']:.1%}, {slo['goodput_per_s']:.3f} a second",
-        f"prompt tokens {tokens['prompt']}, of these cached {tokens['hit_ratio']:.1%}, computed {tokens['uncached']}",
+        f"prompt tokens {tokens['prompt']}, of these cached {tokens['hit_ratio']:.1%}, "
+        f"computed {tokens['uncached']}",
         f"between sites {summary['wan_bytes'] / 1e9:.1f} GB; busy seconds: "
-        + ", ".join(f"{s} prefill {b['prefill']:.0f} decode {b['decode']:.0f}" for s, b in summary["busy_s"].items()),
+        + ", ".join(
+            f"{s} prefill {b['prefill']:.0f} decode {b['decode']:.0f}" for s, b in summary["busy_s"].items()
+        ),
     ]
     return "\n".join(lines) + "\n"

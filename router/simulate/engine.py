@@ -25,7 +25,7 @@ from router.simulate.job import Job
 class PassTime:
     """Seconds of a pass from what is in it, whatever is cached: the form of Dynamo's simulated engine.
 
-    prefill = fixed_s + per_token_s n + per_token2_s n^2 of the n prompt tokens computed in the pass, 0 without;
+    prefill = fixed_s + per_token_s n + per_token2_s n^2 of the n prompt tokens in the pass, 0 without;
     decode = base_s + linear_s x + square_s x^2, x the used share of the KV memory, at least `least_s`.
     """
 
@@ -160,7 +160,7 @@ class PrefillEngine:
 
 
 def _states(job: Job, chunk_tokens: int, block_tokens: int) -> list[int]:
-    """Return the depths at which a hybrid model's state was kept: ends of chunks, and of the last full block."""
+    """Return the depths where a hybrid model's state was kept: ends of chunks, and of the last block."""
     blocks = len(job.blocks)
     step = chunk_tokens // block_tokens
     depths = list(range(job.hit + step, blocks, step)) if step else []
@@ -283,7 +283,7 @@ class MixedEngine:
         else:
             self._pass = None
 
-    # --- a pass with prompts in it -----------------------------------------------------------------------
+    # --- a pass with prompts in it ---------------------------------------------------------------------
 
     def _begin_pass(self, batch: list[tuple[Job, int]], tokens: int) -> None:
         seconds = self.times.prefill_s(tokens)
@@ -318,7 +318,7 @@ class MixedEngine:
         if self._pass is None:
             self._start()
 
-    # --- a stretch of decode passes ----------------------------------------------------------------------
+    # --- a stretch of decode passes --------------------------------------------------------------------
 
     def _begin_stretch(self, steps: int) -> None:
         used, growth = self._used_tokens / self._capacity_tokens, len(self._running) / self._capacity_tokens

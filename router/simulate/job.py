@@ -34,9 +34,10 @@ class Job:
         "decoding_s",
         "done_s",
         "excluded",
+        "finish_step",
         "first_chunk",
         "first_s",
-        "finish_step",
+        "flow",
         "hit",
         "home",
         "number",
@@ -50,7 +51,6 @@ class Job:
         "tenant",
         "total_tokens",
         "transferred_s",
-        "flow",
         "wire_bytes",
     )
 

@@ -103,7 +103,7 @@ class Link:
             self.added_bytes -= self.left(flow)
             self._plan()
 
-    # --- service -------------------------------------------------------------------------------------------
+    # --- service ---------------------------------------------------------------------------------------
 
     def _advance(self) -> None:
         """Serve everybody up to now at the rate since the last change."""
@@ -155,7 +155,7 @@ class Link:
         for flow in over:
             flow.call(flow.argument)
 
-    # --- capacity ------------------------------------------------------------------------------------------
+    # --- capacity --------------------------------------------------------------------------------------
 
     def _rate_now(self, now_s: float) -> float:
         """Return the bytes per second of payload that the link carries now."""
@@ -184,7 +184,7 @@ class Link:
                     found = min(found, edge_s)
         return found
 
-    # --- what the senders say ------------------------------------------------------------------------------
+    # --- what the senders say --------------------------------------------------------------------------
 
     def _mark(self) -> None:
         self._sampled_s, self._sampled_bytes = self.clock.now_s, self.delivered_bytes
@@ -195,7 +195,7 @@ class Link:
         now_s = self.clock.now_s
         elapsed_s = now_s - self._sampled_s
         busy_s = self.busy_s - self._sampled_busy_s
-        # With bytes waiting the rate of delivery, as TCP reports it: pauses for want of bytes are not the link's.
+        # With bytes waiting, the rate of delivery, as TCP reports it: pauses are not the link's.
         span_s = busy_s if self._flows and busy_s > 0 else elapsed_s
         goodput = (self.delivered_bytes - self._sampled_bytes) / span_s
         self._mark()
@@ -203,7 +203,8 @@ class Link:
         sent = self.delivered_bytes / (1.0 - self.spec.loss)
         rtt_s = self.spec.rtt_s
         self.estimator.observe(
-            Sample(goodput, sent, sent - self.delivered_bytes, rtt_s + self.spec.jitter_s, rtt_s, waiting), now_s
+            Sample(goodput, sent, sent - self.delivered_bytes, rtt_s + self.spec.jitter_s, rtt_s, waiting),
+            now_s,
         )
         self.estimator.tick(now_s)
         self._quiet = 0 if self._flows else self._quiet + 1

@@ -82,10 +82,15 @@ class Records:
             self.busy_s[site][role] += retired.busy_s
         for (src, dst), link in run.links.items():
             self.links.append(
-                {"src": src, "dst": dst, "bytes": round(link.delivered_bytes), "busy_s": round(link.busy_s, 6)}
+                {
+                    "src": src,
+                    "dst": dst,
+                    "bytes": round(link.delivered_bytes),
+                    "busy_s": round(link.busy_s, 6),
+                }
             )
 
-    # --- figures ---------------------------------------------------------------------------------------------
+    # --- figures ---------------------------------------------------------------------------------------
 
     @property
     def uncached_tokens(self) -> int:

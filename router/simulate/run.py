@@ -63,9 +63,11 @@ class Simulation:
                 self._add_prefill(name)
             for _ in range(site.decode):
                 self._add_decode(name)
-            if self._mixed and site.prefill:  # the contract wants a place to decode; the prefill worker does it
+            if (
+                self._mixed and site.prefill
+            ):  # the contract wants a place to decode; the prefill worker does it
                 self.fleet.add(WorkerState(WorkerId(f"{name}/same"), name, Role.DECODE))
-        self.links = {}
+        self.links: dict[tuple[SiteId, SiteId], Link] = {}
         for link in scenario.links:
             self._add_link(link.src, link.dst, link)
             if link.both:
@@ -74,13 +76,15 @@ class Simulation:
         self.queue = AdmissionQueue() if scenario.admission else None
         self._waiting: dict[str, tuple[Job, Decision]] = {}
         self._polling = False
-        homes = [SiteId(h) for h in scenario.workload.homes] or [s for s in self.profiles if s in self.fleet.decode]
+        homes = [SiteId(h) for h in scenario.workload.homes] or [
+            s for s in self.profiles if s in self.fleet.decode
+        ]
         self.workload = workload or make(
             scenario.workload, homes, scenario.engine.block_tokens, scenario.seed
         )
         self._arrivals = self.workload.arrivals()
 
-    # --- the fleet -----------------------------------------------------------------------------------------
+    # --- the fleet -------------------------------------------------------------------------------------
 
     def _name(self, site: SiteId, role: str) -> WorkerId:
         self._named += 1
@@ -117,7 +121,7 @@ class Simulation:
         )
         self.fleet.add(WorkerState(name, site, Role.DECODE, self.profiles[site]))
 
-    # --- the run -------------------------------------------------------------------------------------------
+    # --- the run ---------------------------------------------------------------------------------------
 
     def run(self) -> Records:
         """Run to the end; return what happened."""
@@ -261,7 +265,7 @@ class Simulation:
             cache.release(blocks, held)
         engine.submit(job)
 
-    # --- from the prompt to the first token ------------------------------------------------------------------
+    # --- from the prompt to the first token ------------------------------------------------------------
 
     def _link_of(self, job: Job) -> Link | None:
         assert job.decided is not None
@@ -342,7 +346,7 @@ class Simulation:
 
     def _at_home(self, job: Any) -> None:
         job.transferred_s = self.clock.now_s
-        engine = self.prefills[job.decided.prefill.worker_id]
+        engine: Any = self.prefills[job.decided.prefill.worker_id]
         engine.release(job)
         job.decode_engine.submit(job)
 
@@ -353,10 +357,12 @@ class Simulation:
         decision = job.decided
         assert decision is not None
         now_s = self.clock.now_s
-        self.fleet.end_prefill(decision.prefill, decision.uncached_tokens, decision.predicted.prefill_s, now_s)
+        self.fleet.end_prefill(
+            decision.prefill, decision.uncached_tokens, decision.predicted.prefill_s, now_s
+        )
         job.transferred_s = job.decoding_s = job.first_s = now_s
 
-    # --- the end ---------------------------------------------------------------------------------------------
+    # --- the end ---------------------------------------------------------------------------------------
 
     def _answered(self, job: Job) -> None:
         assert job.decided is not None
@@ -377,7 +383,7 @@ class Simulation:
     def _later(self, job: Any) -> None:
         self._arrive(job)
 
-    # --- roles -----------------------------------------------------------------------------------------------
+    # --- roles -----------------------------------------------------------------------------------------
 
     def _change_roles(self, change: RoleChange) -> None:
         site = SiteId(change.site)

@@ -24,7 +24,7 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """Base of all: unknown keys are refused."""
 
 
-class EngineSpec(Spec):
+class EngineSpec(Spec, frozen=True):
     """How workers compute.
 
     Attributes:
@@ -47,7 +47,7 @@ class EngineSpec(Spec):
     state_slots: Count = 1024
 
 
-class SiteSpec(Spec):
+class SiteSpec(Spec, frozen=True):
     """A site: `profile` is h200, h20, dynamo, a model of Table 3, or the profile itself (mapping)."""
 
     name: Annotated[str, msgspec.Meta(min_length=1)]
@@ -56,7 +56,7 @@ class SiteSpec(Spec):
     profile: str | dict[str, Any] = "h20"
 
 
-class LinkSpec(Spec):
+class LinkSpec(Spec, frozen=True):
     """One directed link.
 
     Attributes:
@@ -83,7 +83,7 @@ class LinkSpec(Spec):
     both: bool = False
 
 
-class RoleChange(Spec):
+class RoleChange(Spec, frozen=True):
     """At `at_s`, `count` workers of a site drain, are down for `cost_s` with empty caches, and do `to`."""
 
     at_s: NotNegative
@@ -93,7 +93,7 @@ class RoleChange(Spec):
     cost_s: NotNegative = 30.0
 
 
-class WorkloadSpec(Spec):
+class WorkloadSpec(Spec, frozen=True):
     """What comes in.
 
     Attributes:
@@ -145,7 +145,7 @@ class WorkloadSpec(Spec):
     subagents: Share = 0.03
 
 
-class Scenario(Spec):
+class Scenario(Spec, frozen=True):
     """A whole run.
 
     Attributes:
@@ -219,15 +219,13 @@ def check(scenario: Scenario) -> Scenario:
             raise ConfigError(f"sites[{i}].profile: {profile.name} says nothing of decode")
     if not any(site.prefill for site in scenario.sites):
         raise ConfigError("sites: none has prefill workers")
-    for i, link in enumerate(scenario.links):
-        if link.src not in names or link.dst not in names or link.src == link.dst:
-            raise ConfigError(f"links[{i}]: src and dst must be two of {', '.join(names)}")
-        if link.low_gbps > link.high_gbps:
-            raise ConfigError(f"links[{i}].low_gbps: more than high_gbps")
+    _check_links(scenario.links, names)
     decoding = {s.name for s in scenario.sites if s.decode or (mixed and s.prefill)}
     for home in scenario.workload.homes:
         if home not in decoding:
-            raise ConfigError(f"workload.homes: {home!r} does not decode; accepted: {', '.join(sorted(decoding))}")
+            raise ConfigError(
+                f"workload.homes: {home!r} does not decode; accepted: {', '.join(sorted(decoding))}"
+            )
     if not decoding:
         raise ConfigError("sites: none has decode workers")
     if scenario.workload.kind == "trace" and not scenario.workload.trace:
@@ -237,6 +235,14 @@ def check(scenario: Scenario) -> Scenario:
             raise ConfigError(f"role_changes[{i}].site: accepted are disaggregated sites: {', '.join(names)}")
     policy_of(scenario.policy)
     return scenario
+
+
+def _check_links(links: tuple[LinkSpec, ...], names: list[str]) -> None:
+    for i, link in enumerate(links):
+        if link.src not in names or link.dst not in names or link.src == link.dst:
+            raise ConfigError(f"links[{i}]: src and dst must be two of {', '.join(names)}")
+        if link.low_gbps > link.high_gbps:
+            raise ConfigError(f"links[{i}].low_gbps: more than high_gbps")
 
 
 def load(path: Path, **changes: Any) -> Scenario:

@@ -132,7 +132,7 @@ class Open:
 
 
 class Trace:
-    """Mooncake's JSONL: `timestamp` in ms, `input_length`, `output_length`, `hash_ids` of its 512-token blocks."""
+    """Mooncake's JSONL: `timestamp` in ms, `input_length`, `output_length`, `hash_ids` of its blocks."""
 
     def __init__(self, spec: WorkloadSpec, homes: Sequence[SiteId], block_tokens: int) -> None:
         self.spec = spec
@@ -188,7 +188,7 @@ class _Session:
 class Agents:
     """Coding agents: a shared system prompt, then calls that each add what the last tool or person said.
 
-    Shaped after the aggregates that GitHub published of its Copilot coding agents in 2026 (31 calls a session,
+    Shaped after the aggregates published of GitHub's Copilot coding agents in 2026 (31 calls a session,
     68 thousand prompt tokens a call, 86 % of them cached); what it does not publish is chosen here. Every
     session has random numbers of its own, so that what it asks does not depend on how it is served.
     """

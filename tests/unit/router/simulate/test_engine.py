@@ -50,7 +50,7 @@ def test_a_prompt_alone_takes_what_its_profile_says(profile: ModelProfile, token
 def test_a_cached_prefix_is_not_computed_again() -> None:
     """The second prompt takes the profile's time after its prefix."""
     clock = Clock()
-    engine, done = prefill_engine(clock)
+    engine, _ = prefill_engine(clock)
     first = Job(1, 0.0, 10 * 512, 1, SiteId("A"), list(range(10)))
     second = Job(2, 0.0, 14 * 512 + 7, 1, SiteId("A"), list(range(14)))
     clock.at(0.0, engine.submit, first)

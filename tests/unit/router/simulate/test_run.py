@@ -127,7 +127,12 @@ def test_pulls_cross_their_link() -> None:
 
 def test_agents_look_like_the_published_aggregates() -> None:
     """Calls of a session, prompt tokens of a call, and the cached share if nothing were ever evicted."""
-    spec = parse({"sites": [{"name": "A", "prefill": 1, "decode": 1}], "workload": {"kind": "agents", "requests": 20_000}})
+    spec = parse(
+        {
+            "sites": [{"name": "A", "prefill": 1, "decode": 1}],
+            "workload": {"kind": "agents", "requests": 20_000},
+        }
+    )
     workload = make(spec.workload, ["A"], 512, 0)  # type: ignore[list-item]
     calls = tokens = fresh = 0
     seen: set[int] = set()
