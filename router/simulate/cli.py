@@ -73,7 +73,8 @@ def table(summary: dict[str, Any]) -> str:
     asked, tokens, slo = summary["requests"], summary["tokens"], summary["slo"]
     lines = [
         f"{asked['asked']} requests: {asked['answered']} answered "
-        f"({asked['remote']} prefilled in another site), {asked['rejected']} rejected, {asked['failed']} failed",
+        f"({asked['remote']} prefilled in another site), "
+        f"{asked['rejected']} rejected, {asked['failed']} failed",
         f"{'seconds':<16}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}{'max':>10}",
     ]
     for name in ("ttft_s", *PARTS):
