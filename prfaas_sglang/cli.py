@@ -172,16 +172,7 @@ def _parser(command: Sequence[str] = ()) -> argparse.ArgumentParser:
     plan.add_argument("--print-example", action="store_true", help="print a commented plan file and exit")
     plan.set_defaults(run=_plan)
 
-    simulate = _command(
-        commands, "simulate", "simulate a fleet under the router's own decisions", SIMULATE_EXAMPLE
-    )
-    simulate.add_argument("config", type=Path, metavar="CONFIG", help="the scenario (YAML)")
-    simulate.add_argument("--trace", type=Path, metavar="PATH", help="use this trace (Mooncake's JSONL)")
-    simulate.add_argument("--policy", metavar="NAME", help="use this rule (docs/routing.md)")
-    simulate.add_argument("--seed", type=int, metavar="N", help="use this seed")
-    simulate.add_argument("--json", type=Path, metavar="OUT", help="write the scenario and all figures here")
-    simulate.add_argument("--plot", type=Path, metavar="OUT", help="write a picture here (needs matplotlib)")
-    simulate.set_defaults(run=_simulate)
+    _simulate_arguments(commands)
 
     profile = _command(commands, "profile", "measure what prompts cost on a live worker", PROFILE_EXAMPLE)
     profile.add_argument(
@@ -250,6 +241,19 @@ def _index(commands: argparse._SubParsersAction[argparse.ArgumentParser], *, use
     from prfaas_sglang import index_cli
 
     index_cli.add_to(_command(commands, "index", INDEX_HELP, index_cli.ABOUT))
+
+
+def _simulate_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    simulate = _command(
+        commands, "simulate", "simulate a fleet under the router's own decisions", SIMULATE_EXAMPLE
+    )
+    simulate.add_argument("config", type=Path, metavar="CONFIG", help="the scenario (YAML)")
+    simulate.add_argument("--trace", type=Path, metavar="PATH", help="use this trace (Mooncake's JSONL)")
+    simulate.add_argument("--policy", metavar="NAME", help="use this rule (docs/routing.md)")
+    simulate.add_argument("--seed", type=int, metavar="N", help="use this seed")
+    simulate.add_argument("--json", type=Path, metavar="OUT", help="write the scenario and all figures here")
+    simulate.add_argument("--plot", type=Path, metavar="OUT", help="write a picture here (needs matplotlib)")
+    simulate.set_defaults(run=_simulate)
 
 
 def _up(arguments: argparse.Namespace) -> int:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from cache_service.core.errors import ConfigError
+from prfaas_sglang.cli import main
 from router.core.profiles import case_study
 from router.simulate import cli
-from router.simulate.__main__ import main
 from router.simulate.run import simulate
 from router.simulate.spec import parse
 from router.simulate.workload import make
@@ -185,12 +185,12 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.Captur
     scenario = tmp_path / "s.yaml"
     scenario.write_text(json.dumps(TWO_SITES))
     out = tmp_path / "o.json"
-    assert main([str(scenario), "--policy", "prfaas", "--seed", "7", "--json", str(out)]) == 0
+    assert main(["simulate", str(scenario), "--policy", "prfaas", "--seed", "7", "--json", str(out)]) == 0
     document = json.loads(out.read_text())
     assert document["scenario"]["policy"]["name"] == "prfaas"
     assert document["scenario"]["seed"] == 7
     assert "400 requests" in capsys.readouterr().out
-    assert main([str(tmp_path / "missing.yaml")]) == 2
+    assert main(["simulate", str(tmp_path / "missing.yaml")]) == 2
     assert "missing.yaml" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="--json"):
         cli.run(scenario, io.StringIO(), json_file=tmp_path / "no" / "such" / "o.json")
