@@ -150,8 +150,15 @@ class Trace:
         return ()
 
     def arrivals(self) -> Iterator[Job]:
-        """Yield the trace's requests. Raises ConfigError naming a line that is not one."""
-        last_s = -math.inf
+        """Yield the trace's requests in the order of time. Raises ConfigError naming a line that is not one."""
+        for number, (at_s, tokens, answer, ids) in enumerate(sorted(self._rows(), key=lambda row: row[0])):
+            # The first block is often the same system prompt for all; the second tells sessions apart.
+            key = ids[min(1, len(ids) - 1)] if ids else number
+            home = self._homes[random.Random(key).randrange(len(self._homes))]
+            yield Job(number, at_s, tokens, answer, home, ids[: tokens // self._block])
+
+    def _rows(self) -> Iterator[tuple[float, int, int, list[int]]]:
+        """Yield (seconds, prompt tokens, answer tokens, block ids) of each line."""
         with Path(self.spec.trace).open(encoding="utf-8") as lines:
             for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE), "")):
                 if self.spec.requests and number >= self.spec.requests:
@@ -160,17 +167,13 @@ class Trace:
                     row = json.loads(line)
                     at_s = float(row["timestamp"]) / 1000.0 / self.spec.speed
                     tokens, answer, ids = int(row["input_length"]), int(row["output_length"]), row["hash_ids"]
-                    if not (math.isfinite(at_s) and at_s >= last_s and tokens > 0 and answer >= 0):
-                        raise ValueError("times must not go back, lengths be > 0")
+                    if not (0 <= at_s < math.inf and tokens > 0 and answer >= 0):
+                        raise ValueError("timestamp and output_length must be >= 0, input_length > 0")
                     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
                         raise ValueError("hash_ids: not a list of whole numbers")
                 except (ValueError, KeyError, TypeError) as error:
                     raise ConfigError(f"workload.trace: line {number + 1}: {error!r}") from None
-                last_s = at_s
-                # The first block is often the same system prompt for all; the second tells sessions apart.
-                key = ids[min(1, len(ids) - 1)] if ids else number
-                home = self._homes[random.Random(key).randrange(len(self._homes))]
-                yield Job(number, at_s, tokens, answer, home, ids[: tokens // self._block])
+                yield at_s, tokens, answer, ids
 
 
 @dataclass(slots=True)

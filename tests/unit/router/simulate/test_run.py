@@ -180,6 +180,21 @@ def test_a_broken_trace_names_its_line(tmp_path: Path) -> None:
         simulate(parse({**TWO_SITES, "workload": {"kind": "trace", "trace": str(trace), "requests": 0}}))
 
 
+def test_a_trace_out_of_order_is_put_in_order(tmp_path: Path) -> None:
+    """By time; equal prefixes hit."""
+    trace = tmp_path / "trace.jsonl"
+    rows = [(9000, [0, 1, 2]), (1000, [0, 1])]
+    lines = [
+        {"timestamp": t, "input_length": 512 * len(ids) + 5, "output_length": 3, "hash_ids": ids}
+        for t, ids in rows
+    ]
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    workload = {"kind": "trace", "trace": str(trace), "requests": 0}
+    records = simulate(parse({**TWO_SITES, "workload": workload, "policy": {"name": "local"}}))
+    assert list(records.arrived_s) == [1.0, 9.0]
+    assert records.hit_tokens == 2 * 512
+
+
 def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """JSON with the scenario that really ran; a wrong file is exit status 2 and one line."""
     scenario = tmp_path / "s.yaml"
