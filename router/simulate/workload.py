@@ -150,7 +150,7 @@ class Trace:
         return ()
 
     def arrivals(self) -> Iterator[Job]:
-        """Yield the trace's requests in the order of time. Raises ConfigError naming a line that is not one."""
+        """Yield the requests in the order of time. Raises ConfigError naming a line that is not one."""
         for number, (at_s, tokens, answer, ids) in enumerate(sorted(self._rows(), key=lambda row: row[0])):
             # The first block is often the same system prompt for all; the second tells sessions apart.
             key = ids[min(1, len(ids) - 1)] if ids else number
