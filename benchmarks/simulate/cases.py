@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,7 +37,9 @@ T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 9: 2.26, 19: 2.09}
 def _trace_like(requests: int) -> Path:
     """Write a small made-up trace of conversations, for --smoke and for machines without a public one."""
     rng = random.Random(11)
-    path = Path(tempfile.mkdtemp(prefix="bench-simulate-")) / "made-up.jsonl"
+    folder = Path(tempfile.mkdtemp(prefix="bench-simulate-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / "made-up.jsonl"
     open_ones: list[list[int]] = []
     at_ms, fresh = 0.0, 1
     with path.open("w") as out:
