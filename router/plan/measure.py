@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -266,11 +265,7 @@ class _Pair:
         times = [stream.result() for stream in streams]
         if any(len(each) < 2 for each in times):
             raise RemoteProtocolError(f"{self.options.decode_url}/generate: streams no tokens")
-        begin_s, end_s = max(each[1] for each in times), min(each[-1] for each in times)
-        gaps = [
-            b - a for each in times for a, b in pairwise(each) if a >= begin_s and b <= end_s
-        ]  # only while every request is in the batch
-        return statistics.median(gaps) if len(gaps) >= batch else None
+        return step_seconds(times)
 
     async def _token_times(self, body: dict[str, Any]) -> list[float]:
         """Return when each token of a stream came."""
@@ -287,6 +282,22 @@ class _Pair:
         begin_s = time.perf_counter()
         answer = await _ask(self.session, "POST", url + "/generate", json=body)
         return answer, time.perf_counter() - begin_s
+
+
+def step_seconds(times: Sequence[Sequence[float]]) -> float | None:
+    """Return the median seconds of a step while all streams are in the batch; None when that was no time.
+
+    `times` are when each stream's tokens came, two or more a stream. Several may come in one read, so a
+    stream's steps are counted over all of that time.
+    """
+    begin_s, end_s = max(each[1] for each in times), min(each[-1] for each in times)
+    steps = []
+    for each in times:
+        inside = [at for at in each if begin_s <= at <= end_s]
+        if len(inside) < 2 or inside[-1] == inside[0]:
+            return None
+        steps.append((inside[-1] - inside[0]) / (len(inside) - 1))
+    return statistics.median(steps)
 
 
 def _check_answer(url: str, answer: bytes, tokens: int) -> None:
