@@ -253,7 +253,6 @@ class SourceStream:
 
     async def _take_dump(self) -> bool:
         """Take what the worker holds, page by page; False, and nothing known, when that fails."""
-        assert self._reader is not None
         dealer = self._dealer()
         dump, page, pages = 0, 0, 1
         try:
@@ -263,15 +262,15 @@ class SourceStream:
                 wait_s = self._config.replay_timeout_s if page else _DUMP_WAIT_S
                 async with asyncio.timeout(wait_s):  # not wait_for: see _replay_round
                     frames = await dealer.recv_multipart()
-                found = worker_events.decode_page(frames[-1], page_size=self._index.namespace.page_size)
+                found = self._index.decode_page(frames[-1])
                 if found.page != page or found.pages < 1 or (page and found.dump != dump):
                     raise RemoteProtocolError(f"page {page} of dump {dump} is gone", reason="dump_gone")
                 if page == 0:
                     self._count(Happening.DUMP)
                     self._index.clear(self._source)
-                self._apply_read(self._reader, found.batch, found.seq)
+                self._apply_decoded(found.batch, found.seq)
                 dump, page, pages = found.dump, page + 1, found.pages
-            sent_unix_s = self._reader.decode(found.anchor).sent_unix_s
+            sent_unix_s = self._decode(found.anchor).sent_unix_s
         except (TimeoutError, zmq.ZMQError, RemoteProtocolError) as error:
             self._count(Happening.GARBAGE, warn=True, problem=f"no dump: {error or 'no answer'}")
             self._forget(Happening.LOST)
@@ -375,18 +374,19 @@ class SourceStream:
         if self._reader is not None and isinstance(frame.batch, Batch):
             self._apply_read(self._reader, frame.batch, frame.seq)
             return
-        self._refused(frame.batch.refused, frame.seq)
-        self._index.apply_batch(self._source, frame.batch)
+        self._apply_decoded(frame.batch, frame.seq)
 
     def _decode(self, payload: bytes) -> AnyBatch:
-        """Decode a batch; SGLang's own the index decodes itself."""
+        """Decode a batch; SGLang's own and our plugin's the index decodes itself."""
         if self._reader is not None:
             return self._reader.decode(payload)
-        return self._index.decode(self._source, payload)
+        return self._index.decode(self._source, payload, "prfaas" if self._dumps else "sglang")
+
+    def _apply_decoded(self, batch: AnyBatch, seq: int) -> None:
+        self._refused(batch.refused, seq)
+        self._index.apply_batch(self._source, batch)
 
     def _apply_read(self, reader: formats.Reader, batch: Batch[Any], seq: int) -> None:
-        if batch.needs is not None:
-            self._index.declare(self._source, batch.needs)
         usable, refused = reader.core_events(batch)
         self._refused(refused, seq)
         self._index.apply(self._source, usable)

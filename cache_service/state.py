@@ -20,10 +20,19 @@ from cache_service.core.ids import Namespace, SiteId, SourceId
 from cache_service.core.index_types import Applied, Needs
 from cache_service.core.query import Holder, Query
 from cache_service.metrics import IndexMetrics
-from cache_service.native import AnyBatch, apply_batch, core_name, decode_batch, make_index
+from cache_service.native import (
+    AnyBatch,
+    NativeFormat,
+    apply_batch,
+    core_name,
+    decode_batch,
+    decode_page,
+    make_index,
+)
 from cache_service.replication.publisher import Publisher
 from cache_service.replication.replica import Claims, Indexes
 from cache_service.store import DeltaLog, InProcessLog, LogWriter
+from cache_service.wire.worker_events import DumpPage
 
 
 class UnknownNamespace(PrfaasError):
@@ -77,14 +86,20 @@ class IndexState:
         """Return the site of a configured source."""
         return self._sites[source]
 
-    def decode(self, source: SourceId, payload: bytes) -> AnyBatch:
+    def decode(self, source: SourceId, payload: bytes, format: NativeFormat) -> AnyBatch:
         """Decode a batch of one source. Raises RemoteProtocolError when the payload is no batch of it."""
         page_size = self.namespace.page_size
-        return decode_batch(self.index, payload, page_size=page_size, dp_rank=source.dp_rank)
+        return decode_batch(self.index, payload, page_size=page_size, dp_rank=source.dp_rank, format=format)
+
+    def decode_page(self, payload: bytes) -> DumpPage[AnyBatch]:
+        """Decode a page of a worker's dump. Raises RemoteProtocolError when the payload is none."""
+        return decode_page(self.index, payload, page_size=self.namespace.page_size)
 
     def apply_batch(self, source: SourceId, batch: AnyBatch) -> None:
-        """Take what `decode` made of a batch of one source."""
+        """Take what `decode` or `decode_page` made of a batch of one source."""
         self.heard_s[source] = time.monotonic()
+        if batch.needs is not None:
+            self.declare(source, batch.needs)
         for applied, event in apply_batch(self.index, source, batch):
             self._applied(source, applied, event)
 

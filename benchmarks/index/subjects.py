@@ -19,6 +19,7 @@ from benchmarks.transfer.peers import HOME, Missing
 from cache_service.core.ids import SourceId, WorkerId
 from cache_service.core.index import PrefixIndex
 from cache_service.native.index import NativeIndex, missing
+from cache_service.native.index import decode_batch as decode_native
 from cache_service.wire.kv_events import decode_batch
 
 PAGE_TOKENS = 16
@@ -128,7 +129,9 @@ class Native(_Ours):
         self.match: Any = self._index.match
 
     def feed(self, worker: int, payload: bytes) -> None:
-        self._index.apply_batch(self._workers[worker], payload, PAGE_TOKENS)
+        batch = decode_native(payload, page_size=PAGE_TOKENS, dp_rank=0)
+        assert batch is not None, "not plain"
+        self._index.apply_decoded(self._workers[worker], batch)
 
 
 class Dynamo:

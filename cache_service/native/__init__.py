@@ -17,11 +17,23 @@ from cache_service.core.index import PrefixIndex
 from cache_service.core.index_protocol import BlockIndex
 from cache_service.core.index_types import Applied
 from cache_service.native import index as native
-from cache_service.native.index import DecodedBatch, NativeIndex
-from cache_service.wire import kv_events
+from cache_service.native.index import DecodedBatch, NativeFormat, NativeIndex
+from cache_service.wire import kv_events, worker_events
+from cache_service.wire.worker_events import DumpPage
 
 VARIABLE = "PRFAAS_INDEX"
 _CHOICES = ("python", "native", "auto")
+
+__all__ = [
+    "AnyBatch",
+    "DecodedBatch",
+    "NativeFormat",
+    "apply_batch",
+    "core_name",
+    "decode_batch",
+    "decode_page",
+    "make_index",
+]
 
 AnyBatch = kv_events.Batch[Event] | DecodedBatch
 
@@ -48,16 +60,32 @@ def make_index(*, budget_bytes: int = 0) -> BlockIndex:
     return PrefixIndex(budget_bytes=budget_bytes)
 
 
-def decode_batch(index: BlockIndex, payload: bytes, *, page_size: int, dp_rank: int) -> AnyBatch:
+def decode_batch(
+    index: BlockIndex, payload: bytes, *, page_size: int, dp_rank: int, format: NativeFormat = "sglang"
+) -> AnyBatch:
     """Decode one batch of the source with `dp_rank`, for `apply_batch` of the same index.
 
     Raises RemoteProtocolError when the payload is no batch, or one of another data-parallel rank.
     """
     if isinstance(index, NativeIndex):
-        plain = native.decode_batch(payload, page_size=page_size, dp_rank=dp_rank)
+        plain = native.decode_batch(payload, page_size=page_size, dp_rank=dp_rank, format=format)
         if plain is not None:
             return plain
+    if format == "prfaas":
+        return worker_events.decode_batch(payload, page_size=page_size, dp_rank=dp_rank)
     return kv_events.decode_batch(payload, page_size=page_size, dp_rank=dp_rank)
+
+
+def decode_page(index: BlockIndex, payload: bytes, *, page_size: int) -> DumpPage[AnyBatch]:
+    """Decode a page of a plugin's dump, its batch for `apply_batch` of the same index.
+
+    Raises RemoteProtocolError when the payload is no page.
+    """
+    if isinstance(index, NativeIndex):
+        plain = native.decode_page(payload, page_size=page_size)
+        if plain is not None:
+            return plain
+    return worker_events.decode_page(payload, page_size=page_size)
 
 
 def apply_batch(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import starmap
+from typing import Literal
 
 from cache_service.core.errors import ConfigError, LocalProtocolError
 from cache_service.core.events import (
@@ -21,7 +22,8 @@ from cache_service.core.events import (
     Tier,
 )
 from cache_service.core.ids import BlockHash, SourceId
-from cache_service.core.index_types import Applied, IndexCounts, Match
+from cache_service.core.index_types import Applied, IndexCounts, Match, Needs
+from cache_service.wire.worker_events import DumpPage
 
 try:
     import cache_service.native._index as _index
@@ -31,10 +33,13 @@ except ImportError as _error:
 else:
     missing = None
 
+#: Formats of event streams (wire/formats.py) whose batches C++ decodes.
+NativeFormat = Literal["sglang", "prfaas"]
+
 #: held.hpp: rows of holders, by group and tier.
 _ROW = {(group, tier): (1 + place) * len(Tier) + tier for place, group in enumerate(Group) for tier in Tier}
 _OF_ROW = {row: key for key, row in _ROW.items()}
-_STORED, _REMOVED, _CLEARED = range(3)
+_STORED, _REMOVED, _CLEARED, _GROUP_STORED, _GROUP_REMOVED = range(5)
 
 
 class DecodedBatch:
@@ -43,34 +48,55 @@ class DecodedBatch:
     Attributes:
         sent_unix_s: wall clock of the publisher.
         refused: nothing; as `wire.kv_events.Batch` has it.
+        needs: what the worker's model needs, where the batch says it.
     """
 
-    __slots__ = ("native", "sent_unix_s")
+    __slots__ = ("native", "needs", "sent_unix_s")
 
     refused: tuple[()] = ()
 
     def __init__(self, native: _index.Batch) -> None:
         self.native = native
         self.sent_unix_s = native.sent_unix_s
+        needs = native.needs
+        self.needs = None if needs is None else Needs(*needs)
 
     def __len__(self) -> int:
         return len(self.native)
 
     def event(self, position: int) -> Event:
         """Return an event as a value."""
-        kind, tier, parent, hashes = self.native.event(position)
+        kind, row, parent, hashes = self.native.event(position)
         if kind == _CLEARED:
             return AllCleared()
         blocks = tuple(map(BlockHash, hashes))
+        if kind in (_GROUP_STORED, _GROUP_REMOVED):
+            group, tier = _OF_ROW[row]
+            return (GroupStored if kind == _GROUP_STORED else GroupRemoved)(group, blocks, tier)
         if kind == _REMOVED:
-            return BlocksRemoved(blocks, Tier(tier))
-        return BlocksStored(blocks, None if parent is None else BlockHash(parent), Tier(tier))
+            return BlocksRemoved(blocks, Tier(row))
+        return BlocksStored(blocks, None if parent is None else BlockHash(parent), Tier(row))
 
 
-def decode_batch(payload: bytes, *, page_size: int, dp_rank: int) -> DecodedBatch | None:
-    """Decode a batch as `wire.kv_events.decode_batch` does; None when that has, or may have, a complaint."""
-    native = _index.decode(payload, page_size, dp_rank)
+def decode_batch(
+    payload: bytes, *, page_size: int, dp_rank: int, format: NativeFormat = "sglang"
+) -> DecodedBatch | None:
+    """Decode a batch as `decode_batch` of `wire.kv_events` or `wire.worker_events` does.
+
+    None when that has, or may have, a complaint.
+    """
+    decode = _index.decode_prfaas if format == "prfaas" else _index.decode_sglang
+    native = decode(payload, page_size, dp_rank)
     return None if native is None else DecodedBatch(native)
+
+
+def decode_page(payload: bytes, *, page_size: int) -> DumpPage[DecodedBatch] | None:
+    """Decode a page of a dump as `wire.worker_events.decode_page` does; None as `decode_batch`."""
+    found = _index.decode_page(payload, page_size)
+    if found is None:
+        return None
+    dump, page, pages, seq, anchor, native = found
+    return DumpPage(dump, page, pages, seq, anchor, DecodedBatch(native))
 
 
 class NativeIndex:
@@ -180,14 +206,6 @@ class NativeIndex:
         Raises LocalProtocolError when `source` was not added.
         """
         return list(starmap(Applied, self._core.apply_batch(self._slot_of(source), batch.native)))
-
-    def apply_batch(self, source: SourceId, payload: bytes, page_size: int) -> list[Applied] | None:
-        """Decode and apply a batch of SGLang's KV events; None, and nothing done, when it is not plain.
-
-        Raises LocalProtocolError when `source` was not added.
-        """
-        batch = decode_batch(payload, page_size=page_size, dp_rank=source.dp_rank)
-        return None if batch is None else self.apply_decoded(source, batch)
 
     def clear(self, source: SourceId) -> int:
         """Remove all that a holder holds; return how many entries went."""

@@ -99,11 +99,19 @@ class PyIndex {
       prfaas::Applied one;
       switch (event.type) {
         case prfaas::Batch::Type::kStored:
-          one = index_.store(slot, event.tier, hashes, event.count, event.below ? &event.parent : nullptr);
+          one = index_.store(slot, event.row, hashes, event.count, event.below ? &event.parent : nullptr);
           index_.finish(one);
           break;
         case prfaas::Batch::Type::kRemoved:
-          one = index_.remove(slot, event.tier, hashes, event.count);
+          one = index_.remove(slot, event.row, hashes, event.count);
+          index_.finish(one);
+          break;
+        case prfaas::Batch::Type::kGroupStored:
+          one = index_.store_group(slot, event.row, hashes, event.count);
+          index_.finish(one);
+          break;
+        case prfaas::Batch::Type::kGroupRemoved:
+          one = index_.remove_group(slot, event.row, hashes, event.count);
           index_.finish(one);
           break;
         case prfaas::Batch::Type::kCleared:
@@ -207,18 +215,35 @@ class PyIndex {
   std::vector<u32> order_, rank_;
 };
 
-nb::object decode(nb::bytes payload, i64 page_size, i64 dp_rank) {
+using Decode = bool (*)(const unsigned char*, std::size_t, i64, i64, prfaas::Batch&);
+
+template <Decode decode>
+nb::object decoded(nb::bytes payload, i64 page_size, i64 dp_rank) {
   prfaas::Batch batch;
   const auto* data = reinterpret_cast<const unsigned char*>(payload.c_str());
-  if (!prfaas::decode_plain(data, payload.size(), page_size, dp_rank, batch)) return nb::none();
+  if (!decode(data, payload.size(), page_size, dp_rank, batch)) return nb::none();
   return nb::cast(std::move(batch));
+}
+
+nb::object decoded_page(nb::bytes payload, i64 page_size) {
+  prfaas::Batch batch;
+  prfaas::Page page;
+  const auto* data = reinterpret_cast<const unsigned char*>(payload.c_str());
+  if (!prfaas::decode_worker_page(data, payload.size(), page_size, page, batch)) return nb::none();
+  const nb::bytes anchor(page.anchor.data(), page.anchor.size());
+  return nb::make_tuple(page.dump, page.page, page.pages, page.seq, anchor, nb::cast(std::move(batch)));
+}
+
+nb::object needs_of(const prfaas::Batch& batch) {
+  if (!batch.declared) return nb::none();
+  return nb::make_tuple(batch.needs_state, batch.window_blocks);
 }
 
 nb::tuple event_of(const prfaas::Batch& batch, std::size_t position) {
   if (position >= batch.events.size()) throw nb::index_error();
   const auto& event = batch.events[position];
   const nb::object parent = event.below ? number(event.parent) : nb::none();
-  return nb::make_tuple(static_cast<u32>(event.type), event.tier, parent,
+  return nb::make_tuple(static_cast<u32>(event.type), event.row, parent,
                         tuple_of(batch.hashes.data() + event.first, event.count));
 }
 
@@ -228,9 +253,12 @@ NB_MODULE(_index, module) {
   nb::set_leak_warnings(false);
   nb::class_<prfaas::Batch>(module, "Batch")
       .def_ro("sent_unix_s", &prfaas::Batch::sent_unix_s)
+      .def_prop_ro("needs", &needs_of)
       .def("__len__", [](const prfaas::Batch& batch) { return batch.events.size(); })
       .def("event", &event_of);
-  module.def("decode", &decode);
+  module.def("decode_sglang", &decoded<prfaas::decode_plain>);
+  module.def("decode_prfaas", &decoded<prfaas::decode_worker_batch>);
+  module.def("decode_page", &decoded_page);
   nb::class_<PyIndex>(module, "Index")
       .def(nb::init<u64, nb::object>())
       .def("name", &PyIndex::name)

@@ -1,7 +1,8 @@
 """The event streams that a service reads, behind one face: who wrote a batch decides how it is read.
 
-A batch is decoded when it arrives and turned into core events when it is applied: vLLM's blocks have our
-names only in the order of its stream.
+SGLang's batches and our plugin's the index decodes itself (cache_service/native). Others are decoded when
+they arrive and turned into core events when they are applied: vLLM's blocks have our names only in the order
+of its stream.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from cache_service.core.errors import RemoteProtocolError
 from cache_service.core.events import Event
-from cache_service.wire import vllm_events, worker_events
+from cache_service.wire import vllm_events
 from cache_service.wire.kv_events import Batch
 
 #: sglang: SGLang's own KV events. prfaas: our plugin's stream, with states, windows and dumps. vllm: vLLM's.
@@ -32,24 +33,8 @@ class Reader(Protocol):
 
 
 def reader(format: Format, *, page_size: int, dp_rank: int) -> Reader | None:
-    """Return a reader of one stream; None for SGLang's own, whose batches the index decodes itself."""
-    if format == "sglang":
-        return None
-    return _Vllm(page_size, dp_rank) if format == "vllm" else _Prfaas(page_size, dp_rank)
-
-
-class _Prfaas:
-    def __init__(self, page_size: int, dp_rank: int) -> None:
-        self._page_size, self._dp_rank = page_size, dp_rank
-
-    def decode(self, payload: bytes) -> Batch[Any]:
-        return worker_events.decode_batch(payload, page_size=self._page_size, dp_rank=self._dp_rank)
-
-    def core_events(self, batch: Batch[Any]) -> tuple[Sequence[Event], Sequence[RemoteProtocolError]]:
-        return batch.events, batch.refused
-
-    def forget(self) -> None:
-        pass
+    """Return a reader of one stream; None for those whose batches the index decodes itself."""
+    return _Vllm(page_size, dp_rank) if format == "vllm" else None
 
 
 class _Vllm:

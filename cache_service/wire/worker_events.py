@@ -11,6 +11,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import msgspec
 
@@ -97,8 +98,11 @@ _PAGE = msgspec.msgpack.Decoder(_Page)
 _ENCODER = msgspec.msgpack.Encoder()
 
 
+B = TypeVar("B", covariant=True)
+
+
 @dataclass(frozen=True, slots=True)
-class DumpPage:
+class DumpPage(Generic[B]):
     """One page of a worker's full dump.
 
     Attributes:
@@ -114,7 +118,7 @@ class DumpPage:
     pages: int
     seq: int
     anchor: bytes
-    batch: Batch[events.Event]
+    batch: B
 
 
 def encode_batch(sent_unix_s: float, dp_rank: int, items: Iterable[Item]) -> bytes:
@@ -159,7 +163,7 @@ def decode_batch(payload: bytes, *, page_size: int, dp_rank: int) -> Batch[event
     return _usable(batch.sent_unix_s, batch.events, page_size)
 
 
-def decode_page(payload: bytes, *, page_size: int) -> DumpPage:
+def decode_page(payload: bytes, *, page_size: int) -> DumpPage[Batch[events.Event]]:
     """Decode one page of a dump. Raises RemoteProtocolError as `decode_batch` does."""
     try:
         page = _PAGE.decode(payload)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from unittest.mock import ANY
 
 import msgspec
 import pytest
@@ -14,11 +16,14 @@ from cache_service.core.errors import ConfigError, LocalProtocolError, RemotePro
 from cache_service.core.events import BlocksRemoved, BlocksStored, Event, Group, GroupStored, Tier
 from cache_service.core.ids import BlockHash, SourceId, WorkerId
 from cache_service.core.index import PrefixIndex
-from cache_service.native.index import DecodedBatch, NativeIndex, missing
+from cache_service.core.index_types import Needs
+from cache_service.native.index import DecodedBatch, NativeIndex, decode_page, missing
 from cache_service.native.index import decode_batch as decode_plain
+from cache_service.wire import worker_events
 from cache_service.wire.kv_events import decode_batch
 from tests.unit.cache_service.index_machine import SOURCES, BudgetMachine, IndexMachine, chain
 from tests.unit.cache_service.test_kv_events import MSGPACK, RECORDED, STORED, encode
+from tests.unit.cache_service.test_worker_events import EVENTS
 
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"no native core here: {missing}")
 
@@ -213,13 +218,127 @@ class TestBatches:
             index.add(A)
         batch = decode_batch(payload, page_size=4, dp_rank=0)
         expected = [both[0].apply(A, event) for event in batch.events]
-        assert both[1].apply_batch(A, payload, 4) == expected
+        plain = decode_plain(payload, page_size=4, dp_rank=0)
+        assert plain is not None
+        assert both[1].apply_decoded(A, plain) == expected
         assert both[1].revision == both[0].revision
-        both[1].add(B)
-        assert B.dp_rank == 1
-        assert both[1].apply_batch(B, payload, 4) is None
+        assert decode_plain(payload, page_size=4, dp_rank=1) is None
         with pytest.raises(LocalProtocolError, match="not registered"):
-            both[1].apply_batch(SOURCES[2], payload, 4)
+            both[1].apply_decoded(B, plain)
+
+
+class TestWorkerBatches:
+    """The plugin's batches and the pages of its dumps."""
+
+    @staticmethod
+    def same(payload: bytes) -> DecodedBatch | None:
+        plain = decode_plain(payload, page_size=16, dp_rank=0, format="prfaas")
+        if plain is not None:
+            expected = worker_events.decode_batch(payload, page_size=16, dp_rank=0)
+            assert (expected.refused, plain.needs) == ((), expected.needs)
+            assert plain.sent_unix_s == expected.sent_unix_s or plain.sent_unix_s != plain.sent_unix_s
+            assert tuple(plain.event(i) for i in range(len(plain))) == expected.events
+        return plain
+
+    @staticmethod
+    def same_page(payload: bytes) -> None:
+        plain = decode_page(payload, page_size=16)
+        if plain is not None:
+            expected = worker_events.decode_page(payload, page_size=16)
+            events = tuple(plain.batch.event(i) for i in range(len(plain.batch)))
+            assert (expected.batch.refused, plain.batch.needs) == ((), expected.batch.needs)
+            assert replace(plain, batch=events) == replace(expected, batch=expected.batch.events)
+
+    @given(st.lists(EVENTS, max_size=6), st.booleans(), st.integers(0, 1 << 40))
+    def test_all_kinds(self, events: list[worker_events.Item], state: bool, window: int) -> None:
+        """What the plugin encodes, batch or dump, is plain, and applied as Python applies it."""
+        events.insert(len(events) // 2, worker_events.Declaration(16, Needs(state, window)))
+        payload = worker_events.encode_batch(12.5, 0, events)
+        plain = self.same(payload)
+        assert plain is not None
+        both = (PrefixIndex(), NativeIndex())
+        for index in both:
+            index.add(A)
+        expected = [
+            both[0].apply(A, e) for e in worker_events.decode_batch(payload, page_size=16, dp_rank=0).events
+        ]
+        assert both[1].apply_decoded(A, plain) == expected
+        assert both[0].counts() == both[1].counts()
+        both[1].check()
+        for page in worker_events.encode_dump(5, 7, payload, events):
+            found = decode_page(page, page_size=16)
+            assert found is not None
+            assert (found.dump, found.page, found.pages, found.seq, found.anchor) == (5, 0, 1, 7, payload)
+            self.same_page(page)
+
+    @pytest.mark.parametrize(
+        "event",
+        [
+            [1, b"1234567", None, 0],
+            [1, b"", None, 0],
+            [1, b"12345678", None, 4],
+            [1, b"12345678", 0x3837363534333231, 0],
+            [1, b"12345678", 1 << 63, 0],
+            [2, b"12345678" * 2, 0],
+            [2, b"12345678", -1],
+            [3, "kv", b"12345678", 0],
+        ],
+    )
+    def test_what_is_wrong_goes_to_python(self, event: list[object]) -> None:
+        """Each kind of event that Python refuses."""
+        payload = msgspec.msgpack.encode([1, 1.0, 0, [[5], event]])
+        assert self.same(payload) is None
+        assert worker_events.decode_batch(payload, page_size=16, dp_rank=0).refused
+
+    @pytest.mark.parametrize(
+        "batch",
+        [
+            [2, 1.0, 0, []],
+            [1, 1.0, 1, []],
+            [1, 1.0, 0, [[0, 64, True, 0]]],
+            [1, 1.0, 0, [[0, 16, True, -1]]],
+            [1, 1.0, 0, [[6]]],
+            [1, 1.0, 0, [[1, "12345678", None, 0]]],
+        ],
+    )
+    def test_no_batch_goes_to_python(self, batch: list[object]) -> None:
+        """Each reason to refuse a batch whole."""
+        payload = msgspec.msgpack.encode(batch)
+        assert self.same(payload) is None
+        with pytest.raises(RemoteProtocolError):
+            worker_events.decode_batch(payload, page_size=16, dp_rank=0)
+
+    @pytest.mark.parametrize(("page", "pages"), [(1, 1), (-1, 2), (0, 4097), (1, 0)])
+    def test_pages_that_cannot_be(self, page: int, pages: int) -> None:
+        """A page beyond the last, or of too many; the answer for a dump that is gone is plain."""
+        payload = msgspec.msgpack.encode([1, 5, page, pages, 7, b"", []])
+        assert decode_page(payload, page_size=16) is None
+        with pytest.raises(RemoteProtocolError, match="page: "):
+            worker_events.decode_page(payload, page_size=16)
+        assert decode_page(worker_events.gone(4), page_size=16) == replace(
+            worker_events.decode_page(worker_events.gone(4), page_size=16), batch=ANY
+        )
+
+    @given(st.data())
+    def test_any_bytes(self, data: st.DataObject) -> None:
+        """A payload cut short, or with bytes changed: never more than Python takes."""
+        events = [worker_events.Declaration(16, Needs(True, 3)), *data.draw(st.lists(EVENTS, max_size=3))]
+        page = data.draw(st.booleans())
+        whole = (
+            worker_events.encode_dump(5, 7, b"a", events)[0]
+            if page
+            else worker_events.encode_batch(1.5, 0, events)
+        )
+        payload = bytearray(whole)
+        for _ in range(data.draw(st.integers(0, 3))):
+            payload[data.draw(st.integers(0, len(payload) - 1))] = data.draw(st.integers(0, 255))
+        taken = bytes(payload[: data.draw(st.none() | st.integers(0, len(payload)))])
+        (self.same_page if page else self.same)(taken)  # raises what Python raises for what C++ took
+
+    @given(st.lists(st.lists(MSGPACK, max_size=5), max_size=3))
+    def test_any_events(self, events: list[list[object]]) -> None:
+        """Events of any values."""
+        self.same(msgspec.msgpack.encode([1, 1.0, 0, events]))
 
 
 def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
