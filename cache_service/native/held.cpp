@@ -30,7 +30,7 @@ HeldSets::HeldSets(const HeldSets& other)
   for (std::size_t id = 0; id < sets_.size(); ++id) {
     const Set& from = other.sets_[id];
     Set& to = sets_[id];
-    to.hash = from.hash, to.uses = from.uses, to.rows = from.rows;
+    to.hash = from.hash, to.uses = from.uses, to.rows = from.rows, to.listed = from.listed;
     if (!from.words) continue;
     const std::size_t count = words_of(from.rows);
     to.words = std::make_unique<u64[]>(count);
@@ -109,35 +109,70 @@ u32 HeldSets::changed(u32 id, u32 row, u32 slot, bool present) {
   return intern(rows, scratch_.data());
 }
 
-u32 HeldSets::without_holder(u32 id, u32 slot) {
-  const Set& from = sets_[id];
-  scratch_.clear();
-  u32 rows = 0;
-  const u64* words = from.words.get();
-  for (u32 rest = from.rows; rest; rest &= rest - 1, words += words_) {
-    const std::size_t start = scratch_.size();
-    scratch_.insert(scratch_.end(), words, words + words_);
-    scratch_[start + (slot >> 6)] &= ~(u64{1} << (slot & 63));
-    bool empty = true;
-    for (u32 i = 0; i < words_; ++i) empty = empty && !scratch_[start + i];
-    if (empty)
-      scratch_.resize(start);
-    else
-      rows |= rest & -rest;
+u64 HeldSets::drop_holder(u32 slot) {
+  u64 lost = 0;
+  for (u32 id = 1; id < sets_.size(); ++id) {
+    Set& set = sets_[id];
+    if (!set.words || !holds_any(id, (1u << kRows) - 1, slot)) continue;
+    scratch_.clear();
+    u32 rows = 0;
+    const u64* words = set.words.get();
+    for (u32 rest = set.rows; rest; rest &= rest - 1, words += words_) {
+      const std::size_t start = scratch_.size();
+      scratch_.insert(scratch_.end(), words, words + words_);
+      scratch_[start + (slot >> 6)] &= ~(u64{1} << (slot & 63));
+      bool empty = true;
+      for (u32 i = 0; i < words_; ++i) empty = empty && !scratch_[start + i];
+      if (empty)
+        scratch_.resize(start);
+      else
+        rows |= rest & -rest;
+    }
+    if (set.block && !(rows & rows_of(kBlock))) lost += set.uses;
+    if (set.listed) unlist(id);
+    empty(set);
+    if (!rows) continue;
+    fill(set, hash_of(rows, scratch_.data(), scratch_.size()), rows, scratch_.data());
+    if (find(set.hash, rows, scratch_.data()) == kNobody) list(id);
   }
-  return intern(rows, scratch_.data());
+  return lost;
+}
+
+u32 HeldSets::canonical(u32 id) {
+  const Set& set = sets_[id];
+  if (set.listed || id == kNobody) return id;
+  if (!set.rows) return kNobody;
+  const u32 found = find(set.hash, set.rows, set.words.get());
+  if (found != kNobody) return found;
+  list(id);
+  return id;
+}
+
+void HeldSets::clear() {
+  sets_.clear();
+  sets_.resize(1);
+  sets_[0].uses = 1;
+  free_.clear();
+  table_.assign(16, 0);
+  live_ = 0;
+  row_words_ = 0;
+}
+
+u32 HeldSets::find(u32 hash, u32 rows, const u64* words) const {
+  const std::size_t bytes = count_of(rows) * words_ * sizeof(u64);
+  for (std::size_t at = home(hash); table_[at]; at = home(static_cast<u32>(at) + 1)) {
+    const Set& set = sets_[table_[at]];
+    if (set.hash == hash && set.rows == rows && std::memcmp(set.words.get(), words, bytes) == 0)
+      return table_[at];
+  }
+  return kNobody;
 }
 
 u32 HeldSets::intern(u32 rows, const u64* words) {
   if (!rows) return kNobody;
-  const std::size_t count = count_of(rows) * words_;
-  const u32 hash = hash_of(rows, words, count);
-  for (std::size_t at = home(hash); table_[at]; at = home(static_cast<u32>(at) + 1)) {
-    const Set& set = sets_[table_[at]];
-    if (set.hash == hash && set.rows == rows &&
-        std::memcmp(set.words.get(), words, count * sizeof(u64)) == 0)
-      return table_[at];
-  }
+  const u32 hash = hash_of(rows, words, count_of(rows) * words_);
+  const u32 found = find(hash, rows, words);
+  if (found != kNobody) return found;
   u32 id;
   if (free_.empty()) {
     id = static_cast<u32>(sets_.size());
@@ -146,25 +181,39 @@ u32 HeldSets::intern(u32 rows, const u64* words) {
     id = free_.back();
     free_.pop_back();
   }
-  Set& set = sets_[id];
-  set.words = std::make_unique<u64[]>(words_of(rows));
-  std::memcpy(set.words.get(), words, count * sizeof(u64));
-  set.hash = hash, set.rows = rows, set.uses = 0;
-  unite_tiers(set);
-  row_words_ += words_of(rows);
-  if (++live_ * 2 > table_.size()) {
-    rehash(table_.size() * 2);
-    return id;
-  }
-  std::size_t at = home(hash);
-  while (table_[at]) at = home(static_cast<u32>(at) + 1);
-  table_[at] = id;
+  fill(sets_[id], hash, rows, words);
+  list(id);
   return id;
 }
 
-void HeldSets::forget(u32 id) {
-  Set& set = sets_[id];
-  std::size_t hole = home(set.hash);
+void HeldSets::fill(Set& set, u32 hash, u32 rows, const u64* words) {
+  set.words = std::make_unique<u64[]>(words_of(rows));
+  std::memcpy(set.words.get(), words, count_of(rows) * words_ * sizeof(u64));
+  set.hash = hash, set.rows = rows;
+  unite_tiers(set);
+  row_words_ += words_of(rows);
+  ++live_;
+}
+
+void HeldSets::empty(Set& set) {
+  row_words_ -= words_of(set.rows);
+  --live_;
+  set.words.reset();
+  set.block = nullptr;
+  set.rows = 0;
+}
+
+void HeldSets::list(u32 id) {
+  sets_[id].listed = true;
+  if (live_ * 2 > table_.size()) return rehash(table_.size() * 2);
+  std::size_t at = home(sets_[id].hash);
+  while (table_[at]) at = home(static_cast<u32>(at) + 1);
+  table_[at] = id;
+}
+
+void HeldSets::unlist(u32 id) {
+  sets_[id].listed = false;
+  std::size_t hole = home(sets_[id].hash);
   while (table_[hole] != id) hole = home(static_cast<u32>(hole) + 1);
   // No tombstones: what was pushed past the hole moves back into it.
   const std::size_t mask = table_.size() - 1;
@@ -176,18 +225,19 @@ void HeldSets::forget(u32 id) {
     }
   }
   table_[hole] = 0;
-  row_words_ -= words_of(set.rows);
-  set.words.reset();
-  set.block = nullptr;
-  set.rows = 0;
+}
+
+void HeldSets::forget(u32 id) {
+  Set& set = sets_[id];
+  if (set.listed) unlist(id);
+  if (set.words) empty(set);
   free_.push_back(id);
-  --live_;
 }
 
 void HeldSets::rehash(std::size_t capacity) {
   table_.assign(capacity, 0);
   for (u32 id = 1; id < sets_.size(); ++id) {
-    if (!sets_[id].words) continue;
+    if (!sets_[id].listed) continue;
     std::size_t at = home(sets_[id].hash);
     while (table_[at]) at = home(static_cast<u32>(at) + 1);
     table_[at] = id;

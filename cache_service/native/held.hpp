@@ -1,7 +1,9 @@
 // Who holds a block, shared: equal holder sets are kept once, and a block names its set by a number.
 //
 // A set has up to twelve rows of holders: three kinds (the block itself, its state, its window) in four tiers.
-// Number 0 is the empty set. Every number is counted; a set that no block names any more is forgotten.
+// Number 0 is the empty set. Every number is counted; a set that no block names any more is forgotten. When a
+// holder is dropped, its sets are changed where they are: until blocks are moved on (`canonical`), a number may then
+// mean what another means too, or the empty set.
 #pragma once
 
 #include <cstdint>
@@ -56,17 +58,23 @@ class HeldSets {
   // The number of the set with one entry more or less; the caller then moves the block with `keep` and `leave`.
   u32 with(u32 id, u32 row, u32 slot) { return changed(id, row, slot, true); }
   u32 without(u32 id, u32 row, u32 slot) { return changed(id, row, slot, false); }
-  // The number of the set without a holder.
-  u32 without_holder(u32 id, u32 slot);
+  // Takes a holder out of all sets: O(sets), no block moves. Returns how many blocks nobody holds any more.
+  u64 drop_holder(u32 slot);
+  // The number that means what `id` means; itself, but after `drop_holder`.
+  u32 canonical(u32 id);
 
   void keep(u32 id) { ++sets_[id].uses; }
   void leave(u32 id) {
     if (--sets_[id].uses == 0 && id != kNobody) forget(id);
   }
+  // Forgets all, when no block names a set any more.
+  void clear();
 
   // The range of numbers ever given out, and whether one is in use.
   u32 size() const { return static_cast<u32>(sets_.size()); }
   bool used(u32 id) const { return id != kNobody && sets_[id].words; }
+  // Whether a drop left the set unlisted.
+  bool duplicate(u32 id) const { return id != kNobody && !sets_[id].listed; }
   u32 uses(u32 id) const { return sets_[id].uses; }
   u32 distinct() const { return live_; }
   std::size_t bytes() const;
@@ -78,6 +86,7 @@ class HeldSets {
     u32 hash = 0;
     u32 uses = 0;
     u32 rows = 0;
+    bool listed = false;  // whether the table finds it
   };
 
   static bool several_tiers(u32 rows) {
@@ -95,6 +104,11 @@ class HeldSets {
   u32 place(u32 rows, u32 row) const { return place_of(rows, row) * words_; }
   u32 changed(u32 id, u32 row, u32 slot, bool present);
   u32 intern(u32 rows, const u64* words);
+  u32 find(u32 hash, u32 rows, const u64* words) const;
+  void fill(Set& set, u32 hash, u32 rows, const u64* words);
+  void empty(Set& set);
+  void list(u32 id);
+  void unlist(u32 id);
   void forget(u32 id);
   void rehash(std::size_t capacity);
   std::size_t home(u32 hash) const { return hash & (table_.size() - 1); }

@@ -121,6 +121,7 @@ Applied Index::remove_group(u32 slot, u32 row, const i64* hashes, std::size_t co
 
 void Index::finish(const Applied& applied) {
   if (applied.stored || applied.removed) ++revision_;
+  if (sweeping_) sweep(sweep_blocks_);
   if (budget_bytes_) evict_to_budget();
 }
 
@@ -128,36 +129,63 @@ u64 Index::clear(u32 slot) {
   Holder& holder = holders_[slot];
   const u64 gone = holder.entries + holder.group_entries;
   if (!gone) return 0;
-  // First each set's successor, kept alive: while nodes move, numbers of sets must not change hands.
-  std::vector<u32> after(sets_.size(), kNone);
-  for (u32 id = 1; id < after.size(); ++id) {
-    if (!sets_.used(id) || !sets_.holds_any(id, (1u << kRows) - 1, slot)) continue;
-    after[id] = sets_.without_holder(id, slot);
-    sets_.keep(after[id]);
-  }
-  for (u32 index = 0; index < nodes_.end(); ++index) {
-    Node& node = nodes_[index];
-    if (!nodes_.live(index) || node.held >= after.size() || after[node.held] == kNone) continue;
-    const bool was_known = known(node);
-    move(node, after[node.held]);
-    if (was_known && !known(node))
-      forget(index);
-    else
-      free_if_unused(index);
-  }
-  for (const u32 id : after)
-    if (id != kNone) sets_.leave(id);
+  blocks_ -= sets_.drop_holder(slot);
   holder = Holder{};
   settle(slot);
   ++revision_;
+  if (nothing_held()) {
+    reset();
+  } else {
+    stop_ = swept_;
+    sweeping_ = true, wrapped_ = false;
+    sweep(sweep_blocks_);
+  }
   return gone;
+}
+
+bool Index::nothing_held() const {
+  return std::none_of(holders_.begin(), holders_.end(),
+                      [](const Holder& holder) { return holder.entries || holder.group_entries; });
+}
+
+void Index::reset() {
+  nodes_.clear();
+  sets_.clear();
+  used_.clear();
+  queued_.clear();
+  heap_.clear();
+  swept_ = 0;
+  sweeping_ = false;
+}
+
+// Lets go of what nobody holds, of `most` nodes.
+void Index::sweep(u32 most) {
+  for (; sweeping_ && most; --most) {
+    if (!wrapped_ && swept_ >= nodes_.end()) swept_ = 0, wrapped_ = true;
+    if (wrapped_ && swept_ >= stop_) {
+      sweeping_ = false;
+      return;
+    }
+    const u32 index = swept_++;
+    if (!nodes_.live(index)) continue;
+    Node& node = nodes_[index];
+    const u32 held = sets_.canonical(node.held);
+    if (held != node.held) move(node, held);
+    if (!known(node) && node.parent != kNone)
+      cut(index);
+    else
+      free_if_unused(index);
+  }
 }
 
 // A holder is about to hold a block in one more tier.
 void Index::gain(u32 slot, u32 index, u32 parent) {
   Node& node = nodes_[index];
   if (!known(node)) {
+    const u32 before = node.parent;  // of a block that a clear has left
+    if (before != kNone) nodes_.unlink(index);
     nodes_.link(index, parent);
+    if (before < kFreed) free_if_unused(before);
     ++blocks_;
   } else if (holds(node, slot)) {
     return;
@@ -181,8 +209,13 @@ void Index::lose(u32 slot, u32 index) {
 
 // Nobody holds a block any more.
 void Index::forget(u32 index) {
-  const u32 parent = nodes_.unlink(index);
   --blocks_;
+  cut(index);
+}
+
+// Takes a block that nobody holds out of the tree.
+void Index::cut(u32 index) {
+  const u32 parent = nodes_.unlink(index);
   if (budget_bytes_) {
     u64 tick = 0;
     if (index < used_.size()) std::swap(tick, used_[index]);
@@ -194,7 +227,10 @@ void Index::forget(u32 index) {
 
 void Index::free_if_unused(u32 index) {
   const Node& node = nodes_[index];
-  if (node.held == kNobody && node.child == kNone && nodes_.live(index)) nodes_.free(index);
+  if (!sets_.rows(node.held) && node.child == kNone && node.parent == kNone && nodes_.live(index)) {
+    sets_.leave(node.held);
+    nodes_.free(index);
+  }
 }
 
 void Index::settle(u32 slot) {
@@ -226,6 +262,10 @@ void Index::queue_leaf(u32 index, u64 tick) {
 
 void Index::evict_to_budget() {
   while (bytes_estimate() > budget_bytes_) {
+    if (sweeping_) {
+      sweep(1 << 12);
+      continue;
+    }
     const u32 index = next_to_evict();
     if (index == kNone) return;
     evict(index);
@@ -249,9 +289,9 @@ u32 Index::next_to_evict() {
     if (leaf) return oldest.node;
   }
   // States of blocks that nobody holds, and cycles of lies: nothing that a match could use.
-  for (u32 looked = 0; looked < nodes_.end(); ++looked, ++sweep_) {
-    if (sweep_ >= nodes_.end()) sweep_ = 0;
-    if (nodes_.live(sweep_) && nodes_[sweep_].held != kNobody) return sweep_;
+  for (u32 looked = 0; looked < nodes_.end(); ++looked, ++evict_at_) {
+    if (evict_at_ >= nodes_.end()) evict_at_ = 0;
+    if (nodes_.live(evict_at_) && sets_.rows(nodes_[evict_at_].held)) return evict_at_;
   }
   return kNone;
 }

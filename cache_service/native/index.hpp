@@ -1,8 +1,9 @@
 // The prefix index: the same answers as cache_service/core/index.py, which says what they mean.
 //
-// Where it differs inside. Equal holder sets are kept once (held.hpp). A holder's blocks are not linked: what
-// drops a holder looks at every node, in memory order, which for a few million blocks is faster than following
-// the holder's own chains. Holders are slots here; names and their order are the caller's.
+// Where it differs inside. Equal holder sets are kept once (held.hpp), so what drops a holder changes those, and
+// every answer is right at once. Blocks that nobody holds any more then stay where they are, unseen, until the
+// changes that follow have swept over all nodes, `sweep_blocks` each. Holders are slots here; names and their order
+// are the caller's.
 #pragma once
 
 #include <string>
@@ -61,7 +62,7 @@ struct Answer {
 
 class Index {
  public:
-  explicit Index(u64 budget_bytes) : budget_bytes_(budget_bytes) {}
+  Index(u64 budget_bytes, u32 sweep_blocks) : budget_bytes_(budget_bytes), sweep_blocks_(sweep_blocks) {}
   Index(const Index&) = default;
 
   // Makes slots 0 .. slots-1 usable.
@@ -76,7 +77,7 @@ class Index {
   Applied remove_group(u32 slot, u32 row, const i64* hashes, std::size_t count);
   // Every change that the four above make ends with this.
   void finish(const Applied& applied);
-  // O(nodes). Returns how many entries went.
+  // O(distinct holder sets). Returns how many entries went.
   u64 clear(u32 slot);
 
   Answer match(const Query& query, std::size_t limit);
@@ -118,6 +119,10 @@ class Index {
   void gain(u32 slot, u32 index, u32 parent);
   void lose(u32 slot, u32 index);
   void forget(u32 index);
+  void cut(u32 index);
+  bool nothing_held() const;
+  void reset();
+  void sweep(u32 most);
   void free_if_unused(u32 index);
   void settle(u32 slot);
 
@@ -156,7 +161,12 @@ class Index {
   std::vector<bool> queued_;
   std::vector<Queued> heap_;
   u64 clock_ = 0;
-  u32 sweep_ = 0;
+  u32 evict_at_ = 0;
+
+  // After a clear: from `swept_` to the end, then up to `stop_`, nodes may be garbage.
+  u32 sweep_blocks_;
+  u32 swept_ = 0, stop_ = 0;
+  bool sweeping_ = false, wrapped_ = false;
 };
 
 }  // namespace prfaas

@@ -47,8 +47,13 @@ u64 Index::runs(std::vector<Run>* into, std::size_t longest) const {
     };
     // The next block of the same run, kNone at its end.
     const auto next = [&](u32 index) {
-      const u32 child = nodes_[index].child;
-      return child != kNone && nodes_[child].next == kNone && same(index, child) ? child : kNone;
+      u32 only = kNone;
+      for (u32 child = nodes_[index].child; child != kNone; child = nodes_[child].next) {
+        if (!known(nodes_[child])) continue;  // a clear has left it
+        if (only != kNone) return kNone;
+        only = child;
+      }
+      return only != kNone && same(index, only) ? only : kNone;
     };
     const auto begin = [&](u32 index) {
       ++found;
@@ -119,10 +124,12 @@ std::string Index::check_nodes() const {
         if (!nodes_.live(node.parent)) return "a parent that is gone";
       }
     } else if (node.parent != kNone) {
-      return "a block that nobody holds has a parent";
-    } else if (node.child == kNone && node.held == kNobody) {
+      if (!sweeping_) return "a block that nobody holds has a parent";
+      linked += node.parent != kRoot;
+    } else if (node.child == kNone && node.held == kNobody && !sweeping_) {
       return "a block that nothing needs";
     }
+    if (!sweeping_ && sets_.duplicate(node.held)) return "a holder set that another equals";
     u32 before = kNone;
     for (u32 child = node.child; child != kNone; child = nodes_[child].next) {
       if (!nodes_.live(child) || nodes_[child].parent != index || nodes_[child].prev != before)

@@ -62,7 +62,8 @@ nb::tuple tuple_of(const prfaas::Applied& applied) {
 
 class PyIndex {
  public:
-  PyIndex(u64 budget_bytes, nb::object match_type) : index_(budget_bytes), match_type_(std::move(match_type)) {}
+  PyIndex(u64 budget_bytes, u32 sweep_blocks, nb::object match_type)
+      : index_(budget_bytes, sweep_blocks), match_type_(std::move(match_type)) {}
 
   // By slot the holder's name (None for a free slot), and the slots in the order of names.
   void name(nb::list sources, std::vector<u32> order) {
@@ -260,7 +261,7 @@ NB_MODULE(_index, module) {
   module.def("decode_prfaas", &decoded<prfaas::decode_worker_batch>);
   module.def("decode_page", &decoded_page);
   nb::class_<PyIndex>(module, "Index")
-      .def(nb::init<u64, nb::object>())
+      .def(nb::init<u64, u32, nb::object>())
       .def("name", &PyIndex::name)
       .def("release", [](PyIndex& self, u32 slot) { self.core().release_slot(slot); })
       .def("declare", [](PyIndex& self, u32 slot, bool state, u32 window) { self.core().declare(slot, state, window); })

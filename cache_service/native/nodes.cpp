@@ -12,6 +12,7 @@ Nodes::Nodes(const Nodes& other)
       places_(other.places_),
       mask_(other.mask_),
       count_(other.count_),
+      gone_(other.gone_),
       end_(other.end_),
       free_(other.free_) {
   chunks_.reserve(other.chunks_.size());
@@ -21,9 +22,16 @@ Nodes::Nodes(const Nodes& other)
   }
 }
 
-u32 Nodes::find_or_make(i64 hash) {
-  const u32 found = find(hash);
-  if (found != kNone) return found;
+u32 Nodes::find_or_make(i64 hash, u32 guess) {
+  if (guess < end_ && (*this)[guess].hash == hash && live(guess)) return guess;
+  const u64 mixed = mix(hash);
+  const std::uint8_t tag = tag_of(mixed);
+  std::size_t at = mixed & mask_;
+  std::size_t place = ~std::size_t{0};  // the first that was taken
+  for (; tags_[at]; at = (at + 1) & mask_) {
+    if (tags_[at] == tag && (*this)[places_[at]].hash == hash) return places_[at];
+    if (tags_[at] == kGone && place == ~std::size_t{0}) place = at;
+  }
   u32 index = free_;
   if (index != kNone) {
     free_ = (*this)[index].next;
@@ -37,31 +45,44 @@ u32 Nodes::find_or_make(i64 hash) {
     }
   }
   (*this)[index] = Node{hash, kNone, kNone, kNone, kNone, kNobody};
-  if ((std::size_t{++count_} * 5) > places_.size() * 4)
-    grow();
-  else
-    put(mix(hash), index);
+  ++count_;
+  if (place != ~std::size_t{0})
+    at = place, --gone_;
+  else if ((std::size_t{count_} + gone_) * 5 > places_.size() * 4)
+    return rebuild(), index;
+  tags_[at] = tag;
+  places_[at] = index;
   return index;
 }
 
 void Nodes::free(u32 index) {
   Node& node = (*this)[index];
-  std::size_t hole = mix(node.hash) & mask_;
-  while (!tags_[hole] || places_[hole] != index) hole = (hole + 1) & mask_;
-  // No tombstones: what was pushed past the hole moves back into it.
-  for (std::size_t at = (hole + 1) & mask_; tags_[at]; at = (at + 1) & mask_) {
-    const std::size_t wanted = mix((*this)[places_[at]].hash) & mask_;
-    if (((at - wanted) & mask_) >= ((at - hole) & mask_)) {
-      tags_[hole] = tags_[at];
-      places_[hole] = places_[at];
-      hole = at;
-    }
+  const u64 mixed = mix(node.hash);
+  const std::uint8_t tag = tag_of(mixed);
+  std::size_t at = mixed & mask_;
+  while (tags_[at] != tag || places_[at] != index) at = (at + 1) & mask_;
+  if (tags_[(at + 1) & mask_]) {
+    tags_[at] = kGone;
+    ++gone_;
+  } else {
+    tags_[at] = 0;
+    while (tags_[at = (at - 1) & mask_] == kGone) tags_[at] = 0, --gone_;
   }
-  tags_[hole] = 0;
   node.prev = kFreed;
   node.next = free_;
   free_ = index;
   --count_;
+}
+
+void Nodes::clear() {
+  chunks_.clear();
+  tags_.assign(64, 0);
+  tags_.shrink_to_fit();
+  places_.assign(64, 0);
+  places_.shrink_to_fit();
+  mask_ = 63;
+  count_ = gone_ = end_ = 0;
+  free_ = kNone;
 }
 
 void Nodes::link(u32 index, u32 parent) {
@@ -89,11 +110,14 @@ u32 Nodes::unlink(u32 index) {
   return parent;
 }
 
-void Nodes::grow() {
+void Nodes::rebuild() {
   // Everything anew: the table holds the nodes in use, the one just made included.
-  tags_.assign(tags_.size() * 2, 0);
-  places_.assign(places_.size() * 2, 0);
-  mask_ = places_.size() - 1;
+  std::size_t capacity = places_.size();
+  if (std::size_t{count_} * 2 > capacity) capacity *= 2;
+  tags_.assign(capacity, 0);
+  places_.assign(capacity, 0);
+  mask_ = capacity - 1;
+  gone_ = 0;
   for (u32 index = 0; index < end_; ++index)
     if (live(index)) put(mix((*this)[index].hash), index);
 }

@@ -16,6 +16,7 @@ using i64 = std::int64_t;
 
 constexpr u32 kNone = 0xFFFFFFFF;  // no node
 constexpr u32 kRoot = 0xFFFFFFFE;  // as a parent: none, the block begins a prompt
+constexpr u32 kFreed = 0xFFFFFFFD;  // greater than every index
 
 struct __attribute__((packed, aligned(4))) Node {
   i64 hash;
@@ -36,14 +37,23 @@ class Nodes {
   Node& operator[](u32 index) { return chunks_[index >> kBits][index & (kChunk - 1)]; }
   const Node& operator[](u32 index) const { return chunks_[index >> kBits][index & (kChunk - 1)]; }
 
-  u32 find(i64 hash) const {
+  // `guess`: where the block may be; blocks of a run mostly lie side by side.
+  u32 find(i64 hash, u32 guess = kNone) const {
+    if (guess < end_ && (*this)[guess].hash == hash && live(guess)) return guess;
     const u64 mixed = mix(hash);
     const std::uint8_t tag = tag_of(mixed);
     for (std::size_t at = mixed & mask_; tags_[at]; at = (at + 1) & mask_)
       if (tags_[at] == tag && (*this)[places_[at]].hash == hash) return places_[at];
     return kNone;
   }
-  u32 find_or_make(i64 hash);
+  u32 find_or_make(i64 hash, u32 guess = kNone);
+  // To be called some blocks ahead of a find.
+  void prefetch(i64 hash) const {
+    const std::size_t at = mix(hash) & mask_;
+    __builtin_prefetch(&tags_[at]);
+    __builtin_prefetch(&places_[at]);
+  }
+  void clear();
   // Frees a node that has no child, no parent and no holder.
   void free(u32 index);
 
@@ -60,7 +70,6 @@ class Nodes {
  private:
   static constexpr u32 kBits = 14;
   static constexpr u32 kChunk = 1u << kBits;
-  static constexpr u32 kFreed = 0xFFFFFFFD;
 
   static u64 mix(i64 hash) {
     const u64 mixed = static_cast<u64>(hash) * 0x9E3779B97F4A7C15ull;
@@ -68,14 +77,17 @@ class Nodes {
   }
   // Seven bits beside those that choose the place: most probes of another block end without touching its node.
   static std::uint8_t tag_of(u64 mixed) { return static_cast<std::uint8_t>(mixed >> 57 | 0x80); }
-  void grow();
+  void rebuild();
   void put(u64 mixed, u32 index);
 
   std::vector<std::unique_ptr<Node[]>> chunks_;
-  std::vector<std::uint8_t> tags_;  // 0 is an empty place
+  static constexpr std::uint8_t kGone = 1;
+
+  std::vector<std::uint8_t> tags_;  // 0 is an empty place, kGone one that was taken
   std::vector<u32> places_;
   std::size_t mask_;
   u32 count_ = 0;
+  u32 gone_ = 0;  // places marked so
   u32 end_ = 0;
   u32 free_ = kNone;
 };

@@ -33,13 +33,16 @@ A, B = SOURCES[:2]
 class BothMachine(IndexMachine):
     """Both cores against the model and each other; dumps of one rebuild the other."""
 
-    factories = (PrefixIndex, NativeIndex)
+    factories = (PrefixIndex, NativeIndex, lambda: NativeIndex(sweep_blocks=1))
 
 
 class NativeBudgetMachine(BudgetMachine):
     """The native core under a budget."""
 
-    factories = (lambda: NativeIndex(budget_bytes=3000),)
+    factories = (
+        lambda: NativeIndex(budget_bytes=3000),
+        lambda: NativeIndex(budget_bytes=3000, sweep_blocks=1),
+    )
 
 
 TestBothMachine = BothMachine.TestCase
@@ -52,7 +55,7 @@ TestNativeBudgetMachine.settings = settings(max_examples=40, stateful_step_count
 def test_many_holders_and_blocks(holders: int) -> None:
     """Sets wider than a word and than a set's inline room, growing tables, holders that come and go."""
     rng = random.Random(holders)
-    both = (PrefixIndex(), NativeIndex())
+    both = (PrefixIndex(), NativeIndex(sweep_blocks=7))
     sources = [SourceId(WorkerId(f"w{rng.random()}"), i % 2) for i in range(holders)]
     chains = [chain(*range(c << 20, (c << 20) + 400)) for c in range(-4, 8)]
     for step in range(1500):
@@ -77,6 +80,7 @@ def test_many_holders_and_blocks(holders: int) -> None:
         if step % 50 == 0:
             for index in both:
                 index.drop(source)
+            both[1].check()
         query = (*run[: rng.randrange(len(run))], BlockHash(5 << 40))
         assert both[0].match(query, 300) == both[1].match(query, 300)
     assert both[0].counts() == both[1].counts()
@@ -89,6 +93,31 @@ def test_many_holders_and_blocks(holders: int) -> None:
             index.drop(source)
         index.check()
     assert both[1].bytes_estimate == 0
+
+
+def test_what_a_clear_leaves_is_swept() -> None:
+    """Answers and sizes are right at once; the memory comes back with the changes that follow."""
+    index = NativeIndex(sweep_blocks=100)
+    for source in (A, B):
+        index.add(source)
+    for first in range(0, 20_000, 200):
+        index.apply(A, BlocksStored(chain(*range(first, first + 200)), None))
+        index.apply(B, BlocksStored(chain(*range(first, first + 10)), None))
+    full = index.bytes_estimate
+    assert index.clear(A) == 20_000
+    assert (index.counts().blocks, index.counts().entries, index.nodes()) == (1000, 1000, 100)
+    assert index.match(chain(*range(200))) == [(B, 10, 10)]
+    assert index.bytes_estimate > 0.9 * full
+    index.apply(A, BlocksStored(chain(*range(100, 120)), BlockHash(7)))  # elsewhere than before
+    assert index.match(chain(*range(100, 120))) == [(A, 20, 20)]
+    index.check()
+    for _ in range(200):
+        index.apply(B, BlocksStored(chain(0), None))
+        index.apply(B, BlocksRemoved(chain(0)))
+    index.check()
+    assert index.bytes_estimate < 0.1 * full
+    with pytest.raises(ConfigError, match="sweep_blocks: 0"):
+        NativeIndex(sweep_blocks=0)
 
 
 def test_cycle_of_lies() -> None:
