@@ -44,8 +44,10 @@ Applied Index::store(u32 slot, u32 tier, const i64* hashes, std::size_t count, c
   Applied applied;
   Transition added(sets_, row, slot, true);
   u32 parent = parent_hash ? nodes_.find(*parent_hash) : kRoot;
+  Stride stride;
   for (std::size_t i = 0; i < count; ++i) {
-    const u32 index = nodes_.find_or_make(hashes[i]);
+    const u32 index = nodes_.find_or_make(hashes[i], stride.guess());
+    stride.found(index);
     Node& node = nodes_[index];
     if (known(node) && node.parent != parent) {
       // The rest of the run hangs below a refused block: refuse it too.
@@ -75,8 +77,10 @@ Applied Index::remove(u32 slot, u32 tier, const i64* hashes, std::size_t count) 
   const u32 row = row_of(kBlock, tier);
   Applied applied;
   Transition taken(sets_, row, slot, false);
+  Stride stride;
   for (std::size_t i = 0; i < count; ++i) {
-    const u32 index = nodes_.find(hashes[i]);
+    const u32 index = nodes_.find(hashes[i], stride.guess());
+    stride.found(index);
     if (index == kNone || !sets_.holds(nodes_[index].held, row, slot)) continue;
     Node& node = nodes_[index];
     ++applied.removed;

@@ -126,7 +126,12 @@ class Index {
   void free_if_unused(u32 index);
   void settle(u32 slot);
 
-  const u64* row_at(const Query& query, std::size_t position) const;
+  // A block that was found, to guess others from.
+  struct Near {
+    u32 index = kNone;
+    std::size_t position = 0;
+  };
+  const u64* row_at(const Query& query, std::size_t position, Near& near) const;
   Bits holders_of(const Query& query, std::size_t position, Kind kind) const;
   void walk(const Query& query, Bits alive, std::vector<Depth>& depths) const;
   void bisect(const Query& query, const Bits& alive, std::vector<Depth>& depths) const;

@@ -85,9 +85,13 @@ class Reader {
     size_t length;
     if ((kind & 0xF0) == 0x90 || kind == 0xDC || kind == 0xDD) {
       if (!array(length)) return false;
-      while (length--) {
-        const size_t number = at_ == end_ ? 0 : bytes_of_number(*at_);  // token ids: the bulk of a batch
-        if (number ? !over(number) : !skip(depth + 1)) return false;
+      while (length) {
+        if (const size_t numbers = skip_numbers(length)) {
+          length -= numbers;
+          continue;
+        }
+        if (!skip(depth + 1)) return false;
+        --length;
       }
       return true;
     }
@@ -113,6 +117,27 @@ class Reader {
   }
 
  private:
+  // Skips up to `most` unsigned numbers: token ids, the bulk of a batch. Returns how many.
+  size_t skip_numbers(size_t most) {
+    const unsigned char* at = at_;
+    size_t rest = most;
+    for (unsigned kind = left() ? *at : 0; rest && static_cast<size_t>(end_ - at) > 9; --rest) {
+      const unsigned wide = kind - 0xCD;
+      if (wide <= 1) {
+        // Two or four bytes, most ids, in no order that could be predicted: both successors are read, one is kept.
+        const unsigned mask = 0u - wide;
+        kind = (at[3] & ~mask) | (at[5] & mask);
+        at += 3 + 2 * wide;
+      } else {
+        const size_t number = bytes_of_number(kind);
+        if (!number) break;
+        at += number;
+        kind = *at;
+      }
+    }
+    at_ = at;
+    return most - rest;
+  }
   // 0 for what is no unsigned number.
   static size_t bytes_of_number(unsigned char kind) {
     if (kind < 0x80) return 1;
@@ -127,7 +152,11 @@ class Reader {
   bool big(size_t bytes, std::uint64_t& value) {
     if (left() < bytes) return false;
     value = 0;
-    for (size_t i = 0; i < bytes; ++i) value = value << 8 | at_[i];
+    if (bytes == 8) {  // hashes; compilers make one load of it
+      for (size_t i = 0; i < 8; ++i) value |= std::uint64_t{at_[i]} << (56 - 8 * i);
+    } else {
+      for (size_t i = 0; i < bytes; ++i) value = value << 8 | at_[i];
+    }
     at_ += bytes;
     return true;
   }

@@ -28,6 +28,19 @@ struct __attribute__((packed, aligned(4))) Node {
 };
 static_assert(sizeof(Node) == 28);
 
+// Where the next block may be: as far from the last one as that from the one before.
+class Stride {
+ public:
+  u32 guess() const { return last_ + step_; }
+  void found(u32 index) {
+    step_ = index - last_;
+    last_ = index;
+  }
+
+ private:
+  u32 last_ = kNone, step_ = 0;
+};
+
 class Nodes {
  public:
   Nodes();
@@ -47,12 +60,6 @@ class Nodes {
     return kNone;
   }
   u32 find_or_make(i64 hash, u32 guess = kNone);
-  // To be called some blocks ahead of a find.
-  void prefetch(i64 hash) const {
-    const std::size_t at = mix(hash) & mask_;
-    __builtin_prefetch(&tags_[at]);
-    __builtin_prefetch(&places_[at]);
-  }
   void clear();
   // Frees a node that has no child, no parent and no holder.
   void free(u32 index);

@@ -23,9 +23,11 @@ void merge(std::vector<Depth>& depths) {
 }  // namespace
 
 // The holders of a block of the query.
-const u64* Index::row_at(const Query& query, std::size_t position) const {
+const u64* Index::row_at(const Query& query, std::size_t position, Near& near) const {
   i64 hash;
-  const u32 index = query.at(position, hash) ? nodes_.find(hash) : kNone;
+  if (!query.at(position, hash)) return sets_.block_row(kNobody);
+  const u32 index = nodes_.find(hash, near.index + static_cast<u32>(position - near.position));
+  if (index != kNone) near = Near{index, position};
   return sets_.block_row(index == kNone ? kNobody : nodes_[index].held);
 }
 
@@ -41,7 +43,8 @@ Bits Index::holders_of(const Query& query, std::size_t position, Kind kind) cons
 Answer Index::match(const Query& query, std::size_t limit) {
   Answer answer;
   if (!query.size()) return answer;
-  const Bits first = Bits(row_at(query, 0), sets_.words()) - quarantined_;
+  Near near;
+  const Bits first = Bits(row_at(query, 0, near), sets_.words()) - quarantined_;
   if (!first.any()) return answer;
   const Bits walked = first & orphaned_;
   const Bits whole = first - walked;
@@ -62,8 +65,9 @@ Answer Index::match(const Query& query, std::size_t limit) {
 
 // Block by block, for holders that may have holes. O(depth).
 void Index::walk(const Query& query, Bits alive, std::vector<Depth>& depths) const {
+  Near near;
   for (std::size_t depth = 0; depth < query.size(); ++depth) {
-    const Bits here(row_at(query, depth), sets_.words());
+    const Bits here(row_at(query, depth, near), sets_.words());
     const Bits gone = alive - here;
     if (!gone.any()) continue;
     depths.push_back(Depth{depth, gone});
@@ -95,7 +99,8 @@ void Index::bisect(const Query& query, const Bits& alive, std::vector<Depth>& de
     depths.push_back(Depth{depth, std::move(holders)});
   };
   const std::size_t last = query.size() - 1;
-  const u64* at_last = row_at(query, last);
+  Near near;
+  const u64* at_last = row_at(query, last, near);
   if ((Bits(at_last, words) & alive).any()) found(last + 1, at_last, nullptr);
   if (same(at_last, mask)) return;
   depths.reserve(32);
@@ -107,7 +112,7 @@ void Index::bisect(const Query& query, const Bits& alive, std::vector<Depth>& de
     spans.pop_back();
     while (span.high - span.low > 1) {
       const std::size_t middle = (span.low + span.high) / 2;
-      const u64* at_middle = row_at(query, middle);
+      const u64* at_middle = row_at(query, middle, near);
       if (same(at_middle, span.at_high)) {
         span.high = middle;
         continue;
