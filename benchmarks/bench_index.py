@@ -21,8 +21,10 @@ from statistics import median
 from typing import Any
 
 from benchmarks.harness import Row, run
+from benchmarks.index.streams import CORES, FORMATS, blocks_per_s
 from benchmarks.index.subjects import Dynamo, Native, Python, Subject
 from benchmarks.transfer.peers import Missing
+from cache_service.native.index import missing
 
 DEPTHS = (16, 64, 512)
 WORKERS = (1, 16, 128)
@@ -179,6 +181,27 @@ def _store_point(field: Field, depth: int, workers: int, rounds: int, entries: i
     ]
 
 
+def streams_of(smoke: bool) -> list[Row]:
+    """Measure blocks a second, decoded and applied, of each format of event streams; the peer is our Python."""
+    with _one_core():
+        cores = [core for core in CORES if core != "native" or not missing]
+        rows = []
+        for format in FORMATS:
+            found = {core: blocks_per_s(format, core, *((4, 1) if smoke else (195, 5))) for core in cores}
+            for kind, name in enumerate(("store", "remove")):
+                ours = found.get("native", found["python"])[kind]
+                rows.append(
+                    Row(
+                        f"stream {format}, {name}, 512 blocks",
+                        "blocks/s",
+                        ours,
+                        found["python"][kind],
+                        "python",
+                    )
+                )
+    return rows
+
+
 def memory(smoke: bool) -> list[Row]:
     """Measure resident memory per holder-block: each block with one holder, and with 16 of 128."""
     entries = 20_000 if smoke else 2_000_000
@@ -251,6 +274,7 @@ def main() -> None:
     cases = {
         "match": match,
         "store": store,
+        "streams": streams_of,
         "memory": memory,
         "trace": partial(trace, path=arguments.trace),
     }

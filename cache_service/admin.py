@@ -18,8 +18,9 @@ from cache_service.core.errors import ConfigError, IndexUnavailable, RemoteProto
 from cache_service.core.events import AllCleared
 from cache_service.core.history import FellBehind
 from cache_service.core.ids import BlockHash, Namespace
-from cache_service.core.index import PrefixIndex
+from cache_service.core.index_protocol import BlockIndex
 from cache_service.core.query import MatchResult
+from cache_service.native import make_index
 from cache_service.wire import api_codec, cache_pb2_grpc, codec
 from cache_service.wire.api_codec import Changes, CheckReport, Explanation, HotHeld
 
@@ -135,12 +136,12 @@ class IndexAdmin:
         return IndexUnavailable(f"{where}: {details or code}")
 
 
-async def rebuild(pages: AsyncIterator[Changes]) -> tuple[PrefixIndex, Changes]:
+async def rebuild(pages: AsyncIterator[Changes]) -> tuple[BlockIndex, Changes]:
     """Return an index of a dump's pages, and its last page.
 
     Raises RemoteProtocolError when pages are missing.
     """
-    index = PrefixIndex()
+    index = make_index()
     last: Changes | None = None
     async with aclosing(pages) as reading:  # type: ignore[type-var]
         async for page in reading:
@@ -161,7 +162,7 @@ async def rebuild(pages: AsyncIterator[Changes]) -> tuple[PrefixIndex, Changes]:
     return index, last
 
 
-def chains(index: PrefixIndex, most: int = _SAMPLED_CHAINS) -> list[tuple[BlockHash, ...]]:
+def chains(index: BlockIndex, most: int = _SAMPLED_CHAINS) -> list[tuple[BlockHash, ...]]:
     """Return up to `most` chains of the index's content from its roots down, each at most 256 blocks."""
     parents: dict[BlockHash, BlockHash | None] = {}
     for _, event in index.dump():

@@ -104,8 +104,8 @@ def decode_page(payload: bytes, *, page_size: int) -> DumpPage[DecodedBatch] | N
 class NativeIndex:
     """A `core.index.PrefixIndex` in C++; see there.
 
-    `clear` and `drop` are O(distinct holder sets). The memory of blocks that nobody holds after them comes back
-    as the index changes: each change looks at `sweep_blocks` more.
+    `clear` and `drop` are O(distinct holder sets). The memory of blocks that nobody holds after them comes
+    back as the index changes: each change looks at `sweep_blocks` more.
     """
 
     def __init__(self, *, budget_bytes: int = 0, sweep_blocks: int = SWEEP_BLOCKS) -> None:
