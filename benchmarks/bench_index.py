@@ -181,8 +181,8 @@ def _store_point(field: Field, depth: int, workers: int, rounds: int, entries: i
     ]
 
 
-def streams_of(smoke: bool) -> list[Row]:
-    """Measure blocks a second, decoded and applied, of each format of event streams; the peer is our Python."""
+def streams(smoke: bool) -> list[Row]:
+    """Measure blocks a second, decoded and applied, of each format; the peer is our Python."""
     with _one_core():
         cores = [core for core in CORES if core != "native" or not missing]
         rows = []
@@ -274,7 +274,7 @@ def main() -> None:
     cases = {
         "match": match,
         "store": store,
-        "streams": streams_of,
+        "streams": streams,
         "memory": memory,
         "trace": partial(trace, path=arguments.trace),
     }

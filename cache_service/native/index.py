@@ -53,15 +53,21 @@ class DecodedBatch:
         needs: what the worker's model needs, where the batch says it.
     """
 
-    __slots__ = ("native", "needs", "sent_unix_s")
+    __slots__ = ("native",)
 
     refused: tuple[()] = ()
 
     def __init__(self, native: _index.Batch) -> None:
         self.native = native
-        self.sent_unix_s = native.sent_unix_s
-        needs = native.needs
-        self.needs = None if needs is None else Needs(*needs)
+
+    @property
+    def sent_unix_s(self) -> float:
+        return self.native.sent_unix_s
+
+    @property
+    def needs(self) -> Needs | None:
+        needs = self.native.needs
+        return None if needs is None else Needs(*needs)
 
     def __len__(self) -> int:
         return len(self.native)
