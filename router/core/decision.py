@@ -164,9 +164,11 @@ class LinkState:
 
     def backlog_s(self) -> float:
         """Return how long what is under way will keep the link busy, inf when it is not usable."""
-        if not self.usable:
+        rate = self.rate_bytes_per_s
+        if not self.up or rate <= 0:
             return math.inf
-        return max(self.committed_bytes, self.in_flight_bytes) / self.rate_bytes_per_s
+        committed, in_flight = self.committed_bytes, self.in_flight_bytes
+        return (committed if committed > in_flight else in_flight) / rate
 
     def price(self, size_bytes: float) -> float:
         """Return what it costs to send `size_bytes`."""

@@ -1,7 +1,7 @@
 """The fleet as the router counts it: work queued on every worker, with the least loaded one at hand.
 
-Decides nothing about routes. Every change costs O(log workers), and the least loaded worker of a site is read
-in O(1), so that no decision walks over all workers. Must not look at a clock; `now_s` is the caller's.
+Decides nothing about routes. Every change costs O(log workers), and the least loaded worker of a site and kind
+is read in O(1), so that no decision walks over all workers. Must not look at a clock; `now_s` is the caller's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from cache_service.core.ids import SiteId, WorkerId
 from router.core.profile import ModelProfile
 
 
+_Load = tuple[float, int, int, WorkerId]
+
+
 class Role(StrEnum):
     """What a worker does."""
 
@@ -25,9 +28,6 @@ class Role(StrEnum):
 @dataclass(slots=True, eq=False)
 class WorkerState:
     """One worker as it is now; change it through its Fleet, or call `Fleet.touch` after.
-
-    The prefill workers of one site are taken to be of one chip type, as in the paper: among those that hold
-    nothing the least loaded one is looked at, whatever its profile.
 
     Attributes:
         profile: what the model costs on it, None when not known.
@@ -65,31 +65,51 @@ class WorkerState:
         done_s = min(self.queued_s / self.jobs, max(0.0, now_s - self.head_since_s))
         return max(0.0, self.queued_s - done_s)
 
+    def costs_like(self, other: WorkerState | _Kind) -> bool:
+        """Say whether a prompt costs the same on both, cache and queue apart."""
+        return self.profile is other.profile and self.chunk_tokens == other.chunk_tokens
+
     def has_room(self, tokens: int) -> bool:
         """Say whether a decode worker has pages for `tokens`; always when its size is not known."""
         return not self.total_pages or self.used_pages + -(-tokens // self.page_tokens) <= self.total_pages
 
-    def load(self) -> tuple[float, int, int, WorkerId]:
+    def load(self) -> _Load:
         """Return the key that orders the workers of a role in a site, least loaded first."""
         if self.role is Role.PREFILL:
             return (self.queued_s, self.queued_tokens, self.assigned, self.worker_id)
         return (self.running, self.used_pages, self.assigned, self.worker_id)
 
 
-class Pool:
-    """The workers of one role in one site, least loaded first at hand.
+class _Kind:
+    """The workers of one pool that cost the same, least loaded first at hand.
 
     A heap whose entries are not moved but outdated: each change adds an entry, and one that is no longer its
     worker's newest is dropped when it comes to the top.
     """
 
-    __slots__ = ("_heap", "_newest", "_order", "members")
+    __slots__ = ("chunk_tokens", "heap", "newest", "profile")
+
+    def __init__(self, worker: WorkerState) -> None:
+        self.profile = worker.profile
+        self.chunk_tokens = worker.chunk_tokens
+        self.newest: dict[WorkerId, _Load] = {}
+        self.heap: list[tuple[_Load, WorkerState]] = []
+
+
+class Pool:
+    """The workers of one role in one site, the least loaded of each kind (profile and chunk) at hand.
+
+    Workers that cost the same differ in load alone, so no other of a kind is needed for a prompt that nobody
+    holds; one of another chip may be worth a longer queue.
+    """
+
+    __slots__ = ("_kinds", "_of", "_order", "members")
 
     def __init__(self) -> None:
         self.members: dict[WorkerId, WorkerState] = {}
         self._order: list[WorkerState] = []
-        self._newest: dict[WorkerId, tuple[float, int, int, WorkerId]] = {}
-        self._heap: list[tuple[tuple[float, int, int, WorkerId], WorkerState]] = []
+        self._kinds: list[_Kind] = []
+        self._of: dict[WorkerId, _Kind] = {}
 
     def add(self, worker: WorkerState) -> None:
         self.members[worker.worker_id] = worker
@@ -99,34 +119,69 @@ class Pool:
     def remove(self, worker: WorkerState) -> None:
         del self.members[worker.worker_id]
         self._order.remove(worker)
-        self._newest.pop(worker.worker_id, None)
+        self._leave(worker)
 
     def touch(self, worker: WorkerState) -> None:
-        """Take note of a changed load or health. O(log n) amortised."""
+        """Take note of a changed load, health, profile or chunk. O(log n) amortised."""
+        kind = self._of.get(worker.worker_id)
+        if kind is None or not worker.costs_like(kind):
+            self._leave(worker)
+            kind = next((k for k in self._kinds if worker.costs_like(k)), None)
+            if kind is None:
+                kind = _Kind(worker)
+                self._kinds.append(kind)
+            self._of[worker.worker_id] = kind
         if not worker.healthy:
-            self._newest.pop(worker.worker_id, None)
+            kind.newest.pop(worker.worker_id, None)
             return
         key = worker.load()
-        if self._newest.get(worker.worker_id) == key:
+        if kind.newest.get(worker.worker_id) == key:
             return
-        self._newest[worker.worker_id] = key
-        if len(self._heap) > 4 * len(self.members) + 16:
-            self._heap = [(k, self.members[w]) for w, k in self._newest.items()]
-            heapq.heapify(self._heap)
+        kind.newest[worker.worker_id] = key
+        if len(kind.heap) > 4 * len(kind.newest) + 16:
+            kind.heap = [(k, self.members[w]) for w, k in kind.newest.items()]
+            heapq.heapify(kind.heap)
         else:
-            heapq.heappush(self._heap, (key, worker))
+            heapq.heappush(kind.heap, (key, worker))
 
-    def least(self, excluded: Collection[WorkerId] = ()) -> WorkerState | None:
-        """Return the least loaded healthy worker that is not excluded, None when there is none."""
-        heap, newest = self._heap, self._newest
+    def _leave(self, worker: WorkerState) -> None:
+        kind = self._of.pop(worker.worker_id, None)
+        if kind is not None:
+            kind.newest.pop(worker.worker_id, None)
+            if kind not in self._of.values():
+                self._kinds.remove(kind)
+
+    @property
+    def uniform(self) -> bool:
+        """True when all workers are of one kind."""
+        return len(self._kinds) == 1
+
+    def _least(self, kind: _Kind, excluded: Collection[WorkerId]) -> WorkerState | None:
+        heap, newest = kind.heap, kind.newest
         while heap and newest.get(heap[0][1].worker_id) != heap[0][0]:
             heapq.heappop(heap)
         if not heap:
             return None
-        if not excluded or heap[0][1].worker_id not in excluded:
-            return heap[0][1]
+        first = heap[0][1].worker_id
+        if not excluded or first not in excluded:
+            return self.members[first]
         left = [key for worker_id, key in newest.items() if worker_id not in excluded]
         return self.members[min(left)[3]] if left else None
+
+    def leasts(self, excluded: Collection[WorkerId] = ()) -> list[WorkerState]:
+        """Return the least loaded healthy worker of each kind that is not excluded, least loaded first."""
+        kinds = self._kinds
+        if len(kinds) == 1:
+            worker = self._least(kinds[0], excluded)
+            return [] if worker is None else [worker]
+        found = [w for kind in kinds if (w := self._least(kind, excluded)) is not None]
+        found.sort(key=WorkerState.load)
+        return found
+
+    def least(self, excluded: Collection[WorkerId] = ()) -> WorkerState | None:
+        """Return the least loaded healthy worker that is not excluded, None when there is none."""
+        found = self.leasts(excluded)
+        return found[0] if found else None
 
     def at(self, index: int) -> WorkerState:
         """Return member number `index`, in the order they were added."""

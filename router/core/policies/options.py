@@ -7,7 +7,7 @@ those with the longest prefixes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from cache_service.core.errors import Unavailable
@@ -27,8 +27,12 @@ from router.core.match import Match
 from router.core.profile import ModelProfile
 from router.core.workers import Fleet, WorkerState
 
-#: Holders of one site that are looked at, longest prefix first: more are equals nearly always.
-HOLDERS = 4
+#: Holders of one site (and kind) that are looked at, longest prefix first: more are equals nearly always.
+HOLDERS = 8
+
+
+def _nothing(_cached: int) -> float:
+    return 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,7 @@ class Ways:
         self._held = self.matched(self.decode) if policy.held_by_decode else 0
         # Many workers share a profile, and most hold nothing: the same figures again and again.
         self._bytes: dict[int, float] = {}
-        self._seconds: dict[tuple[int, int], float] = {}
+        self._seconds: dict[int, Callable[[int], float]] = {}
         self._holders: dict[SiteId, list[WorkerState]] = {}
 
     def _decode(self) -> WorkerState:
@@ -102,20 +106,31 @@ class Ways:
         return max(0, min(self.match.usable.get(worker.worker_id, 0), self.request.total_tokens - 1))
 
     def holders(self, site: SiteId) -> list[WorkerState]:
-        """Return the usable workers of `site` with the longest prefixes, at most HOLDERS."""
+        """Return the usable workers of `site` with the longest prefixes, longest first, at most HOLDERS."""
         found = self._holders.get(site)
-        if found is not None:
-            return found
-        found = self._holders[site] = []
+        if found is None:
+            found = self._holders[site] = self._first_holders(site, None)
+        return found
+
+    def holders_like(self, site: SiteId, kind: WorkerState) -> list[WorkerState]:
+        """Return those of `holders` that cost the same as `kind`, HOLDERS of them whatever the others are."""
+        pool = self.fleet.prefill[site]
+        return self.holders(site) if pool.uniform else self._first_holders(site, kind)
+
+    def _first_holders(self, site: SiteId, kind: WorkerState | None) -> list[WorkerState]:
+        found: list[WorkerState] = []
         pool, claims = self.fleet.prefill.get(site), self.match.by_site.get(site)
-        if pool is not None and claims is not None:
-            excluded = self.request.excluded
-            for worker_id in claims:
-                worker = pool.members.get(worker_id)
-                if worker is not None and worker.healthy and worker_id not in excluded:
-                    found.append(worker)
-                    if len(found) == HOLDERS:
-                        break
+        if pool is None or claims is None:
+            return found
+        excluded, members = self.request.excluded, pool.members
+        for worker_id in claims:
+            worker = members.get(worker_id)
+            if worker is None or not worker.healthy or worker_id in excluded:
+                continue
+            if kind is None or worker.costs_like(kind):
+                found.append(worker)
+                if len(found) == HOLDERS:
+                    break
         return found
 
     def least(self, site: SiteId) -> WorkerState | None:
@@ -128,22 +143,26 @@ class Ways:
         best = self.least(site)
         if best is None or site not in self.match.by_site:
             return best
-        match = self.match.usable
-        longest = min(
-            self.holders(site),
-            key=lambda w: (-match.get(w.worker_id, 0), w.load()),
-            default=best,
-        )
-        if match.get(longest.worker_id, 0) > match.get(best.worker_id, 0):
-            return longest
-        return best
+        usable = self.match.usable
+        held = usable.get(best.worker_id, 0)
+        chosen: WorkerState | None = None
+        for worker in self.holders(site):  # the longest first
+            tokens = usable[worker.worker_id]
+            if tokens <= held and chosen is None:
+                return best
+            if tokens < held:
+                break
+            if chosen is None or worker.load() < chosen.load():
+                chosen, held = worker, tokens
+        return chosen or best
 
     def remote_sites(self) -> Iterator[tuple[SiteId, LinkState]]:
         """Yield every other site that prefills and has a usable link to the home site, by name."""
         home = self.request.home
         for site in sorted(self.fleet.prefill):
-            if site != home and (link := self.links.get((site, home))) is not None and link.usable:
-                yield site, link
+            if site != home and (link := self.links.get((site, home))) is not None:
+                if link.up and link.rate_bytes_per_s > 0:
+                    yield site, link
 
     # --- what it costs ---------------------------------------------------------------------------------
 
@@ -157,17 +176,17 @@ class Ways:
             size = self._bytes[id(profile)] = profile.kv_bytes(self.request.total_tokens, held)
         return size
 
+    def prefill_of(self, profile: ModelProfile | None) -> Callable[[int], float]:
+        """Return the predicted seconds of the prefill by cached tokens; 0 without a profile."""
+        found = self._seconds.get(id(profile))
+        if found is None:
+            found = _nothing if profile is None else profile.prefill_of(self.request.total_tokens)
+            self._seconds[id(profile)] = found
+        return found
+
     def prefill_s(self, worker: WorkerState, matched: int) -> float:
         """Return the predicted seconds of the prefill on `worker`; 0 without a profile."""
-        profile = worker.profile
-        if profile is None:
-            return 0.0
-        key = (id(profile), matched)
-        seconds = self._seconds.get(key)
-        if seconds is None:
-            uncached = self.request.total_tokens - matched
-            seconds = self._seconds[key] = profile.prefill_s(uncached, matched)
-        return seconds
+        return self.prefill_of(worker.profile)(matched)
 
     def option(self, worker: WorkerState, link: LinkState | None) -> Option:
         """Return the way through `worker` with the cache where it is; `link` is None at home."""

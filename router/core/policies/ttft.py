@@ -7,19 +7,25 @@ prefill seconds (others wait for them), plus `cost_weight_s` x its price. Home k
 another way is better by the margins, and so does the worker of the session's last request: near-ties do not
 bounce.
 
-Not looked at, because it cannot win: a site whose link alone takes longer than the best way so far, and a
-holder that has both a shorter prefix and no shorter queue than another of its site.
+A site may have workers of several kinds (chips): each kind is looked at by itself. Not looked at, because it
+cannot win: a kind that would be slower than the best way so far even with the longest prefix of all and no
+queue, and a holder that has both a shorter prefix and no shorter queue than another of its kind.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cache_service.core.ids import SiteId
 from router.core.decision import Decision, LinkState, Reason
 from router.core.policies.options import Option, Ways
 from router.core.workers import WorkerState
+
+
+#: A link's backlog in seconds, a site, and the link from there to the home site (None for that itself).
+_Place = tuple[float, SiteId, LinkState | None]
 
 
 @dataclass(slots=True)
@@ -46,18 +52,19 @@ def decide(ways: Ways) -> Decision:
     policy = ways.policy
     longest = _longest(ways) if policy.can_pull else None
     home = _Found()
-    _look(ways, ways.request.home, None, longest, home)
-    best = _Found(home.score, home.worker)
+    _search(ways, [(0.0, ways.request.home, None)], longest, home)
+    best = _Found(home.score, home.worker, None, home.pull_from)
+    free: list[_Place] = []
     busy: list[tuple[float, SiteId, LinkState]] = []
     for site, link in ways.remote_sites():
         backlog_s = link.backlog_s()
         if backlog_s >= policy.max_link_wait_s:
             busy.append((backlog_s, site, link))
-        elif backlog_s + link.rtt_s < best.score:
-            _look(ways, site, link, longest, best)
+        else:
+            free.append((backlog_s, site, link))
+    _search(ways, free, longest, best)
     if best.worker is None and busy:  # nothing at home and no link with room: the least busy one
-        _, site, link = min(busy, key=lambda entry: entry[:2])
-        _look(ways, site, link, longest, best)
+        _search(ways, [min(busy, key=lambda entry: entry[:2])], longest, best)
         return _decided(ways, best, Reason.LOCAL_UNAVAILABLE)
     if home.worker is None:
         return _decided(ways, best, Reason.LOCAL_UNAVAILABLE)
@@ -103,78 +110,94 @@ def _sticky(ways: Ways, option: Option, found: float) -> Option:
 def _longest(ways: Ways) -> _Longest | None:
     """Return a usable worker with the longest prefix of all sites, None when nobody holds anything."""
     best: WorkerState | None = None
-    for site in ways.match.by_site:
-        found = ways.holders(site)  # the first of a site is its longest
-        if found and (best is None or ways.matched(found[0]) > ways.matched(best)):
+    tokens = 0
+    usable = ways.match.usable
+    for site, claims in ways.match.by_site.items():  # the site with the longest claim is the first
+        if usable[claims[0]] <= tokens:
+            break
+        found = ways.holders(site)
+        if found and usable[found[0].worker_id] > tokens:
             best = found[0]
+            tokens = usable[best.worker_id]
     if best is None or best.profile is None:
         return None
     tokens = ways.matched(best)
     return _Longest(best, tokens, best.profile.kv_bytes(tokens))
 
 
-def _look(ways: Ways, site: SiteId, link: LinkState | None, longest: _Longest | None, best: _Found) -> None:
-    """Improve `best` by the ways inside one site. Plain numbers: time is spent here."""
-    least = ways.least(site)
-    if least is None:
-        return
-    now_s, usable, cap = ways.now_s, ways.match.usable, ways.request.total_tokens - 1
-    matched = min(usable.get(least.worker_id, 0), cap)
-    wait_s = least.wait_s(now_s)
-    _try(ways, least, link, matched, wait_s, best)
-    if longest is not None and longest.tokens > matched:
-        _try_pull(ways, least, link, longest, wait_s, best)
-    shortest_s = math.inf
-    for worker in ways.holders(site):
-        wait_s = worker.wait_s(now_s)
-        if wait_s < shortest_s:  # else one with a longer prefix is free no later
-            shortest_s = wait_s
-            if wait_s < best.score and worker is not least:
-                _try(ways, worker, link, min(usable[worker.worker_id], cap), wait_s, best)
+def _search(ways: Ways, places: Sequence[_Place], longest: _Longest | None, best: _Found) -> None:
+    """Improve `best` by the ways inside these sites.
 
+    All time is spent here, hence plain numbers and bounds. The score of a way (`_score`, by Ways.arrival_s):
 
-def _try(
-    ways: Ways, worker: WorkerState, link: LinkState | None, matched: int, start_s: float, best: _Found
-) -> bool:
-    """Take one way into `best` if it is better: a prefill from `start_s` on, with `matched` tokens there.
+        max(start + prefill + tail, max(backlog, start) + transfer) + fixed + work_weight * prefill
 
-    The score is `_score` of the way's option.
+    where `tail` is the transfer of the last chunk, and `fixed` the round trip and the price.
     """
-    policy = ways.policy
-    work = 1.0 + policy.work_weight
-    # With the longest prefix of all it would be no slower, and that figure is the same for most workers.
-    least_s = start_s + ways.prefill_s(worker, ways.longest_tokens) * work
-    if least_s >= best.score or (link is not None and least_s + link.rtt_s >= best.score):
-        return False
-    prefill_s = ways.prefill_s(worker, matched)
-    found = start_s + prefill_s * work
-    if found >= best.score:
-        return False
-    if link is not None:
-        sent = ways.wire_bytes(worker.profile)
-        found += ways.arrival_s(worker, link, start_s, start_s + prefill_s, sent) - start_s - prefill_s
-        if policy.cost_weight_s:
-            found += policy.cost_weight_s * link.price(sent)
-        if found >= best.score:
-            return False
-    best.score, best.worker, best.link, best.pull_from = found, worker, link, None
-    return True
+    request, policy, now_s = ways.request, ways.policy, ways.now_s
+    usable, total, excluded = ways.match.usable, request.total_tokens, request.excluded
+    cap, weight, pools = total - 1, policy.work_weight, ways.fleet.prefill
+    work = 1.0 + weight
+    most = ways.longest_tokens
+    score = best.score
+    for backlog_s, site, link in places:
+        pool = pools.get(site)
+        for least in pool.leasts(excluded) if pool is not None else ():
+            prefill_of = ways.prefill_of(least.profile)
+            transfer_s = tail_s = fixed_s = 0.0
+            if link is not None:
+                sent = ways.wire_bytes(least.profile)
+                transfer_s = sent / link.rate_bytes_per_s
+                tail_s = transfer_s * min(1.0, least.chunk_tokens / total)
+                fixed_s = link.rtt_s
+                if policy.cost_weight_s:
+                    fixed_s += policy.cost_weight_s * link.price(sent)
+            least_s = prefill_of(most)
+            if max(least_s + tail_s, backlog_s + transfer_s) + fixed_s + weight * least_s >= score:
+                continue  # not even with the longest prefix of all and no queue
+            # Ways that may be better: (start, prefill, price of the pull, worker, holder to pull from)
+            found: list[tuple[float, float, float, WorkerState, WorkerState | None]] = []
+            limit_s = score - fixed_s - tail_s
+            matched = usable.get(least.worker_id, 0)
+            wait_s = least.wait_s(now_s)
+            prefill_s = prefill_of(min(matched, cap))
+            if wait_s + prefill_s * work < limit_s:
+                found.append((wait_s, prefill_s, 0.0, least, None))
+            if longest is not None and longest.tokens > matched:
+                pull_s, cost = _pull(ways, longest, site)
+                start_s = pull_s if pull_s > wait_s else wait_s
+                prefill_s = prefill_of(longest.tokens)
+                if start_s + prefill_s * work + cost < limit_s:
+                    found.append((start_s, prefill_s, cost, least, longest.worker))
+            shortest_s = math.inf
+            for worker in ways.holders_like(site, least):
+                prefill_s = prefill_of(min(usable[worker.worker_id], cap))
+                room_s = limit_s - prefill_s * work
+                if room_s <= 0.0:
+                    break  # nor would those be with shorter prefixes
+                wait_s = worker.wait_s(now_s)
+                # One with a longer prefix that is free no later is better.
+                if wait_s < shortest_s:
+                    shortest_s = wait_s
+                    if wait_s < room_s and worker is not least:
+                        found.append((wait_s, prefill_s, 0.0, worker, None))
+            for start_s, prefill_s, cost, worker, holder in found:
+                ready_s = start_s + prefill_s + tail_s
+                linked_s = (backlog_s if backlog_s > start_s else start_s) + transfer_s
+                there_s = ready_s if ready_s > linked_s else linked_s
+                trial = there_s + fixed_s + cost + weight * prefill_s
+                if trial < score:
+                    score = trial
+                    best.score, best.worker, best.link, best.pull_from = trial, worker, link, holder
 
 
-def _try_pull(
-    ways: Ways, worker: WorkerState, link: LinkState | None, longest: _Longest, wait_s: float, best: _Found
-) -> None:
-    """Take the way into `best` in which `worker` first fetches the longest prefix of anybody."""
-    holder = longest.worker
-    pull_s = cost = 0.0
-    if holder.site != worker.site:
-        way = ways.links.get((holder.site, worker.site))
-        if way is None or not way.usable:
-            return
-        pull_s = way.rtt_s + way.backlog_s() + longest.wire_bytes / way.rate_bytes_per_s
-        cost = ways.policy.cost_weight_s * way.price(longest.wire_bytes)
-    if pull_s + cost >= best.score:
-        return
-    trial = _Found(best.score - cost)
-    if _try(ways, worker, link, longest.tokens, max(wait_s, pull_s), trial):
-        best.score, best.worker, best.link, best.pull_from = trial.score + cost, worker, link, holder
+def _pull(ways: Ways, longest: _Longest, site: SiteId) -> tuple[float, float]:
+    """Return the seconds, and the seconds charged for the price, of fetching the longest prefix to `site`."""
+    source = longest.worker.site
+    if source == site:
+        return 0.0, 0.0
+    way = ways.links.get((source, site))
+    if way is None or not way.usable:
+        return math.inf, 0.0
+    pull_s = way.rtt_s + way.backlog_s() + longest.wire_bytes / way.rate_bytes_per_s
+    return pull_s, ways.policy.cost_weight_s * way.price(longest.wire_bytes)
