@@ -7,7 +7,7 @@ is read in O(1), so that no decision walks over all workers. Must not look at a 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -59,11 +59,14 @@ class WorkerState:
 
     def wait_s(self, now_s: float) -> float:
         """Return how long a prefill given now waits for those before it: their work less what is done."""
-        if self.jobs <= 0:
+        jobs, queued_s = self.jobs, self.queued_s
+        if jobs <= 0:
             return 0.0
         # The head counts as one mean job, and as done at most.
-        done_s = min(self.queued_s / self.jobs, max(0.0, now_s - self.head_since_s))
-        return max(0.0, self.queued_s - done_s)
+        done_s, mean_s = now_s - self.head_since_s, queued_s / jobs
+        if done_s <= 0.0:
+            return queued_s
+        return queued_s - (done_s if done_s < mean_s else mean_s)
 
     def costs_like(self, other: WorkerState | _Kind) -> bool:
         """Say whether a prompt costs the same on both, cache and queue apart."""
@@ -103,13 +106,15 @@ class Pool:
     holds; one of another chip may be worth a longer queue.
     """
 
-    __slots__ = ("_kinds", "_of", "_order", "members")
+    __slots__ = ("_firsts", "_kinds", "_of", "_order", "members")
 
     def __init__(self) -> None:
         self.members: dict[WorkerId, WorkerState] = {}
         self._order: list[WorkerState] = []
         self._kinds: list[_Kind] = []
         self._of: dict[WorkerId, _Kind] = {}
+        #: The least loaded healthy worker of each kind that has one, least loaded first.
+        self._firsts: list[WorkerState] = []
 
     def add(self, worker: WorkerState) -> None:
         self.members[worker.worker_id] = worker
@@ -120,6 +125,7 @@ class Pool:
         del self.members[worker.worker_id]
         self._order.remove(worker)
         self._leave(worker)
+        self._rank()
 
     def touch(self, worker: WorkerState) -> None:
         """Take note of a changed load, health, profile or chunk. O(log n) amortised."""
@@ -131,18 +137,17 @@ class Pool:
                 kind = _Kind(worker)
                 self._kinds.append(kind)
             self._of[worker.worker_id] = kind
+        key = worker.load()
         if not worker.healthy:
             kind.newest.pop(worker.worker_id, None)
-            return
-        key = worker.load()
-        if kind.newest.get(worker.worker_id) == key:
-            return
-        kind.newest[worker.worker_id] = key
-        if len(kind.heap) > 4 * len(kind.newest) + 16:
-            kind.heap = [(k, self.members[w]) for w, k in kind.newest.items()]
-            heapq.heapify(kind.heap)
-        else:
-            heapq.heappush(kind.heap, (key, worker))
+        elif kind.newest.get(worker.worker_id) != key:
+            kind.newest[worker.worker_id] = key
+            if len(kind.heap) > 4 * len(kind.newest) + 16:
+                kind.heap = [(k, self.members[w]) for w, k in kind.newest.items()]
+                heapq.heapify(kind.heap)
+            else:
+                heapq.heappush(kind.heap, (key, worker))
+        self._rank()
 
     def _leave(self, worker: WorkerState) -> None:
         kind = self._of.pop(worker.worker_id, None)
@@ -156,27 +161,26 @@ class Pool:
         """True when all workers are of one kind."""
         return len(self._kinds) == 1
 
-    def _least(self, kind: _Kind, excluded: Collection[WorkerId]) -> WorkerState | None:
-        heap, newest = kind.heap, kind.newest
-        while heap and newest.get(heap[0][1].worker_id) != heap[0][0]:
-            heapq.heappop(heap)
-        if not heap:
-            return None
-        first = heap[0][1].worker_id
-        if not excluded or first not in excluded:
-            return self.members[first]
-        left = [key for worker_id, key in newest.items() if worker_id not in excluded]
-        return self.members[min(left)[3]] if left else None
+    def _rank(self) -> None:
+        for kind in self._kinds:
+            heap, newest = kind.heap, kind.newest
+            while heap and newest.get(heap[0][1].worker_id) != heap[0][0]:
+                heapq.heappop(heap)
+        members = self.members
+        self._firsts = [members[kind.heap[0][1].worker_id] for kind in self._kinds if kind.heap]
+        if len(self._firsts) > 1:
+            self._firsts.sort(key=WorkerState.load)
 
-    def leasts(self, excluded: Collection[WorkerId] = ()) -> list[WorkerState]:
+    def leasts(self, excluded: Collection[WorkerId] = ()) -> Sequence[WorkerState]:
         """Return the least loaded healthy worker of each kind that is not excluded, least loaded first."""
-        kinds = self._kinds
-        if len(kinds) == 1:
-            worker = self._least(kinds[0], excluded)
-            return [] if worker is None else [worker]
-        found = [w for kind in kinds if (w := self._least(kind, excluded)) is not None]
-        found.sort(key=WorkerState.load)
-        return found
+        if not excluded or not any(w.worker_id in excluded for w in self._firsts):
+            return self._firsts
+        found = []
+        for kind in self._kinds:
+            left = [key for worker_id, key in kind.newest.items() if worker_id not in excluded]
+            if left:
+                found.append(min(left))
+        return [self.members[key[3]] for key in sorted(found)]
 
     def least(self, excluded: Collection[WorkerId] = ()) -> WorkerState | None:
         """Return the least loaded healthy worker that is not excluded, None when there is none."""

@@ -108,29 +108,18 @@ class Ways:
     def holders(self, site: SiteId) -> list[WorkerState]:
         """Return the usable workers of `site` with the longest prefixes, longest first, at most HOLDERS."""
         found = self._holders.get(site)
-        if found is None:
-            found = self._holders[site] = self._first_holders(site, None)
-        return found
-
-    def holders_like(self, site: SiteId, kind: WorkerState) -> list[WorkerState]:
-        """Return those of `holders` that cost the same as `kind`, HOLDERS of them whatever the others are."""
-        pool = self.fleet.prefill[site]
-        return self.holders(site) if pool.uniform else self._first_holders(site, kind)
-
-    def _first_holders(self, site: SiteId, kind: WorkerState | None) -> list[WorkerState]:
-        found: list[WorkerState] = []
-        pool, claims = self.fleet.prefill.get(site), self.match.by_site.get(site)
-        if pool is None or claims is None:
+        if found is not None:
             return found
-        excluded, members = self.request.excluded, pool.members
-        for worker_id in claims:
-            worker = members.get(worker_id)
-            if worker is None or not worker.healthy or worker_id in excluded:
-                continue
-            if kind is None or worker.costs_like(kind):
-                found.append(worker)
-                if len(found) == HOLDERS:
-                    break
+        found = self._holders[site] = []
+        pool, claims = self.fleet.prefill.get(site), self.match.by_site.get(site)
+        if pool is not None and claims is not None:
+            excluded = self.request.excluded
+            for worker_id in claims:
+                worker = pool.members.get(worker_id)
+                if worker is not None and worker.healthy and worker_id not in excluded:
+                    found.append(worker)
+                    if len(found) == HOLDERS:
+                        break
         return found
 
     def least(self, site: SiteId) -> WorkerState | None:

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 from cache_service.core.ids import SiteId
 from router.core.decision import Decision, LinkState, Reason
-from router.core.policies.options import Option, Ways
+from router.core.policies.options import HOLDERS, Option, Ways
+from router.core.profile import ModelProfile
 from router.core.workers import WorkerState
 
 
@@ -36,6 +37,11 @@ class _Found:
     worker: WorkerState | None = None
     link: LinkState | None = None
     pull_from: WorkerState | None = None
+
+    def take(
+        self, score: float, worker: WorkerState, link: LinkState | None, pull_from: WorkerState | None
+    ) -> None:
+        self.score, self.worker, self.link, self.pull_from = score, worker, link, pull_from
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +62,15 @@ def decide(ways: Ways) -> Decision:
     best = _Found(home.score, home.worker, None, home.pull_from)
     free: list[_Place] = []
     busy: list[tuple[float, SiteId, LinkState]] = []
-    for site, link in ways.remote_sites():
-        backlog_s = link.backlog_s()
-        if backlog_s >= policy.max_link_wait_s:
-            busy.append((backlog_s, site, link))
-        else:
-            free.append((backlog_s, site, link))
+    to, links = ways.request.home, ways.links
+    for site in sorted(ways.fleet.prefill):
+        link = links.get((site, to))
+        if link is not None and site != to:
+            backlog_s = link.backlog_s()
+            if backlog_s < policy.max_link_wait_s:
+                free.append((backlog_s, site, link))
+            elif backlog_s < math.inf:
+                busy.append((backlog_s, site, link))
     _search(ways, free, longest, best)
     if best.worker is None and busy:  # nothing at home and no link with room: the least busy one
         _search(ways, [min(busy, key=lambda entry: entry[:2])], longest, best)
@@ -134,61 +143,82 @@ def _search(ways: Ways, places: Sequence[_Place], longest: _Longest | None, best
 
     where `tail` is the transfer of the last chunk, and `fixed` the round trip and the price.
     """
-    request, policy, now_s = ways.request, ways.policy, ways.now_s
-    usable, total, excluded = ways.match.usable, request.total_tokens, request.excluded
-    cap, weight, pools = total - 1, policy.work_weight, ways.fleet.prefill
-    work = 1.0 + weight
-    most = ways.longest_tokens
+    request, policy, now_s, match = ways.request, ways.policy, ways.now_s, ways.match
+    usable, claims_of, excluded = match.usable, match.by_site, request.excluded
+    total, cap, pools = request.total_tokens, request.total_tokens - 1, ways.fleet.prefill
+    weight, work = policy.work_weight, 1.0 + policy.work_weight
     score = best.score
+    profile: ModelProfile | None | str = "none yet"
     for backlog_s, site, link in places:
-        pool = pools.get(site)
-        for least in pool.leasts(excluded) if pool is not None else ():
-            prefill_of = ways.prefill_of(least.profile)
+        if (pool := pools.get(site)) is None:
+            continue
+        for least in pool.leasts(excluded):
+            if least.profile is not profile:
+                profile = least.profile
+                prefill_of, sent = ways.prefill_of(profile), ways.wire_bytes(profile)
+                least_s, whole_s = prefill_of(ways.longest_tokens), prefill_of(0)
             transfer_s = tail_s = fixed_s = 0.0
             if link is not None:
-                sent = ways.wire_bytes(least.profile)
                 transfer_s = sent / link.rate_bytes_per_s
-                tail_s = transfer_s * min(1.0, least.chunk_tokens / total)
-                fixed_s = link.rtt_s
-                if policy.cost_weight_s:
-                    fixed_s += policy.cost_weight_s * link.price(sent)
-            least_s = prefill_of(most)
-            if max(least_s + tail_s, backlog_s + transfer_s) + fixed_s + weight * least_s >= score:
+                chunk = least.chunk_tokens
+                tail_s = transfer_s * chunk / total if chunk < total else transfer_s
+                fixed_s = link.rtt_s + policy.cost_weight_s * link.price_per_gb * 1e-9 * sent
+            added_s = tail_s + fixed_s
+            if least_s * work + added_s >= score or backlog_s + transfer_s + fixed_s >= score:
                 continue  # not even with the longest prefix of all and no queue
-            # Ways that may be better: (start, prefill, price of the pull, worker, holder to pull from)
-            found: list[tuple[float, float, float, WorkerState, WorkerState | None]] = []
-            limit_s = score - fixed_s - tail_s
-            matched = usable.get(least.worker_id, 0)
-            wait_s = least.wait_s(now_s)
-            prefill_s = prefill_of(min(matched, cap))
-            if wait_s + prefill_s * work < limit_s:
-                found.append((wait_s, prefill_s, 0.0, least, None))
-            if longest is not None and longest.tokens > matched:
-                pull_s, cost = _pull(ways, longest, site)
-                start_s = pull_s if pull_s > wait_s else wait_s
-                prefill_s = prefill_of(longest.tokens)
-                if start_s + prefill_s * work + cost < limit_s:
-                    found.append((start_s, prefill_s, cost, least, longest.worker))
-            shortest_s = math.inf
-            for worker in ways.holders_like(site, least):
-                prefill_s = prefill_of(min(usable[worker.worker_id], cap))
+            limit_s = score - added_s
+            shortest_s, left, members, uniform = math.inf, HOLDERS, pool.members, pool.uniform
+            for worker_id in claims_of.get(site, ()):
+                matched = usable[worker_id]
+                prefill_s = prefill_of(matched if matched < cap else cap)
                 room_s = limit_s - prefill_s * work
                 if room_s <= 0.0:
-                    break  # nor would those be with shorter prefixes
+                    break  # nor have those room that hold less
+                worker = members.get(worker_id)
+                if worker is None or not worker.healthy or (excluded and worker_id in excluded):
+                    continue
+                if not (uniform or worker.costs_like(least)):
+                    continue
                 wait_s = worker.wait_s(now_s)
-                # One with a longer prefix that is free no later is better.
-                if wait_s < shortest_s:
+                if wait_s < shortest_s:  # else one of its kind that holds more is free no later
                     shortest_s = wait_s
-                    if wait_s < room_s and worker is not least:
-                        found.append((wait_s, prefill_s, 0.0, worker, None))
-            for start_s, prefill_s, cost, worker, holder in found:
-                ready_s = start_s + prefill_s + tail_s
-                linked_s = (backlog_s if backlog_s > start_s else start_s) + transfer_s
-                there_s = ready_s if ready_s > linked_s else linked_s
-                trial = there_s + fixed_s + cost + weight * prefill_s
+                    if wait_s < room_s:
+                        there_s = _over(wait_s, prefill_s, tail_s, backlog_s, transfer_s)
+                        trial = there_s + fixed_s + weight * prefill_s
+                        if trial < score:
+                            score, limit_s = trial, trial - added_s
+                            best.take(trial, worker, link, None)
+                left -= 1
+                if not left:
+                    break
+            wait_s = least.wait_s(now_s)
+            if wait_s + least_s * work >= limit_s:
+                continue
+            matched = usable.get(least.worker_id, 0)
+            prefill_s = prefill_of(matched if matched < cap else cap) if matched else whole_s
+            if wait_s + prefill_s * work < limit_s:
+                there_s = _over(wait_s, prefill_s, tail_s, backlog_s, transfer_s)
+                trial = there_s + fixed_s + weight * prefill_s
                 if trial < score:
-                    score = trial
-                    best.score, best.worker, best.link, best.pull_from = trial, worker, link, holder
+                    score, limit_s = trial, trial - added_s
+                    best.take(trial, least, link, None)
+            if longest is not None and longest.tokens > matched:
+                prefill_s = prefill_of(longest.tokens)
+                pull_s, cost = _pull(ways, longest, site)
+                start_s = pull_s if pull_s > wait_s else wait_s
+                if start_s + prefill_s * work + cost < limit_s:
+                    there_s = _over(start_s, prefill_s, tail_s, backlog_s, transfer_s)
+                    trial = there_s + fixed_s + weight * prefill_s + cost
+                    if trial < score:
+                        score = trial
+                        best.take(trial, least, link, longest.worker)
+
+
+def _over(start_s: float, prefill_s: float, tail_s: float, backlog_s: float, transfer_s: float) -> float:
+    """Return Ways.arrival_s less the round trip; at home `tail_s` and what follows are 0."""
+    ready_s = start_s + prefill_s + tail_s
+    linked_s = (backlog_s if backlog_s > start_s else start_s) + transfer_s
+    return ready_s if ready_s > linked_s else linked_s
 
 
 def _pull(ways: Ways, longest: _Longest, site: SiteId) -> tuple[float, float]:
