@@ -28,7 +28,7 @@ from router.core.profile import ModelProfile
 from router.core.workers import Fleet, WorkerState
 
 #: Holders of one site (and kind) that are looked at, longest prefix first: more are equals nearly always.
-HOLDERS = 8
+HOLDERS = 4
 
 
 def _nothing(_cached: int) -> float:

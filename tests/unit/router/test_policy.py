@@ -190,6 +190,14 @@ def test_a_session_stays_unless_another_worker_is_clearly_better() -> None:
         assert route(1000, fleet=fleet, policy=TTFT, previous=WorkerId("b1")).prefill.worker_id == name
 
 
+def test_a_faster_chip_of_the_same_site_is_worth_its_queue() -> None:
+    """Two chips in one site: the idle slow one takes 8 s, the fast one 0.8 s after a wait."""
+    for queued_s, name in ((2.0, "fast"), (8.0, "slow")):
+        busy = prefill("fast", B, profile=FAST, queued_s=queued_s, jobs=1)
+        fleet = Fleet([prefill("slow", B, profile=SLOW), busy, decode()])
+        assert route(8000, fleet=fleet, policy=TTFT).prefill.worker_id == name
+
+
 def test_cache_is_weighed_against_the_queue() -> None:
     """800 of 1,000 tokens cached save 0.8 s: worth a wait of half a second, not of a whole one."""
     for queued_s, name in ((0.5, "b1"), (1.0, "b0")):
@@ -283,7 +291,8 @@ PREFILLS = st.lists(
         SITES,
         st.booleans(),
         st.integers(0, 3),
-        st.just(100),
+        st.sampled_from([100, 400]),
+        st.booleans(),
     ),
     max_size=6,
     unique_by=lambda w: w[0],
@@ -323,7 +332,7 @@ POLICIES = st.builds(
 def test_every_rule_keeps_the_contract(
     total: int,
     held: list[tuple[WorkerId, int]],
-    prefills: list[tuple[WorkerId, SiteId, bool, int, int]],
+    prefills: list[tuple[WorkerId, SiteId, bool, int, int, bool]],
     links: dict[tuple[SiteId, SiteId], LinkState],
     excluded: frozenset[WorkerId],
     policy: Policy,
@@ -333,9 +342,9 @@ def test_every_rule_keeps_the_contract(
     match = Match(tuple(holder(n, site_of.get(n, A), tokens) for n, tokens in held))
     workers = [
         WorkerState(
-            n, s, Role.PREFILL, FAST if s == A else SLOW, healthy=h, queued_s=0.1 * q, jobs=q, chunk_tokens=c
+            n, s, Role.PREFILL, FAST if f else SLOW, healthy=h, queued_s=0.1 * q, jobs=q, chunk_tokens=c
         )
-        for n, s, h, q, c in prefills
+        for n, s, h, q, c, f in prefills
     ]
     request = Request("r", total, B, excluded=excluded)
 
