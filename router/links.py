@@ -1,4 +1,4 @@
-"""What the KV transfers say of the links: asked of every prefill worker once a second.
+"""What the KV transfers say of links (once a second) and pools (once): asked of every prefill worker.
 
 Keeps the latest word of each worker and link; a worker that does not answer is silent, never an error.
 Nothing is believed beyond its shape: numbers that are not numbers, other sites than the worker's own, and
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import aiohttp
@@ -19,7 +19,10 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from cache_service import logs
+from cache_service.core.errors import RemoteProtocolError
 from router.config import WorkerConfig
+from router.core.profile import KvShape
+from router.plan.pools import kv_shape, parse
 
 _log = logging.getLogger(__name__)
 PERIOD_S = 1.0
@@ -113,11 +116,27 @@ def _sum(src: str, dst: str, reports: Sequence[LinkReport]) -> Link:
     )
 
 
+#: What asking a worker may end in.
+_FAILURES = (
+    aiohttp.ClientError,
+    OSError,
+    TimeoutError,
+    ValueError,
+    msgspec.MsgspecError,
+    RemoteProtocolError,
+)
+
+
 class LinkPoller:
     """Asks every worker that has a telemetry address; made and used inside a running loop."""
 
-    def __init__(self, table: LinkTable, workers: Sequence[WorkerConfig]) -> None:
+    def __init__(
+        self, table: LinkTable, workers: Sequence[WorkerConfig], set_kv: Callable[[str, KvShape], None]
+    ) -> None:
+        """`set_kv` is told what a worker's pools look like, again after it was silent."""
         self._table = table
+        self._set_kv = set_kv
+        self._laid_out: set[str] = set()
         self._workers = [w for w in workers if w.telemetry_url]
         self._task: asyncio.Task[None] | None = None
         self._silent: set[str] = set()
@@ -143,21 +162,30 @@ class LinkPoller:
     async def _ask(self, session: aiohttp.ClientSession, worker: WorkerConfig) -> None:
         loop = asyncio.get_running_loop()
         try:
-            async with session.get(worker.telemetry_url.rstrip("/") + "/links") as response:
-                response.raise_for_status()
-                body = await response.content.read(MAX_BYTES + 1)
-                while len(body) <= MAX_BYTES and (more := await response.content.read(MAX_BYTES)):
-                    body += more
-            if len(body) > MAX_BYTES:
-                raise ValueError(f"more than {MAX_BYTES} bytes")
+            body = await _get(session, worker, "/links")
             self._table.take(worker.worker_id, worker.site, body, loop.time())
+            if worker.worker_id not in self._laid_out:
+                self._set_kv(worker.worker_id, kv_shape(parse(await _get(session, worker, "/layout"))))
+                self._laid_out.add(worker.worker_id)
             self._silent.discard(worker.worker_id)
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, msgspec.MsgspecError) as error:
+        except _FAILURES as error:
+            self._laid_out.discard(worker.worker_id)
             if worker.worker_id not in self._silent:  # once, not once a second
                 self._silent.add(worker.worker_id)
                 logs.event(
                     _log, "telemetry_silent", logging.WARNING, worker_id=worker.worker_id, error=str(error)
                 )
+
+
+async def _get(session: aiohttp.ClientSession, worker: WorkerConfig, path: str) -> bytes:
+    async with session.get(worker.telemetry_url.rstrip("/") + path) as response:
+        response.raise_for_status()
+        body = await response.content.read(MAX_BYTES + 1)
+        while len(body) <= MAX_BYTES and (more := await response.content.read(MAX_BYTES)):
+            body += more
+    if len(body) > MAX_BYTES:
+        raise ValueError(f"{path}: more than {MAX_BYTES} bytes")
+    return body
 
 
 class LinkCollector(Collector):

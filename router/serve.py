@@ -248,7 +248,8 @@ class Server:
                 if failure is None:
                     raise
                 return await self._give_up(client, failure)
-            tokens = request.total_tokens + request.output_tokens
+            # What the engine would take at most: a budget of one context always has room for a request.
+            tokens = min(request.total_tokens + request.output_tokens, self.config.model.context_length)
             who = (terms.request_class, terms.tenant, record.started_s)
             ticket = self.gate.ticket(f"{record.request_id}/{record.retries}", decision, tokens, who)
             try:

@@ -44,7 +44,7 @@ class Service:
             lambda: {w: self._table.breakers.usable(w, loop.time()) for w in self._table.in_flight()},
         )
         self._links = LinkTable()
-        self._poller = LinkPoller(self._links, config.workers)
+        self._poller = LinkPoller(self._links, config.workers, self._table.set_kv)
         self.metrics.registry.register(LinkCollector(self._links))
         self._gate = Gate(config, self._table, self._links, self.metrics)
         self.metrics.watch_queue(self._gate.queue.waiting_by_class, lambda: list(self._table.links.values()))

@@ -11,6 +11,7 @@ from router.config import RouterConfig, WorkerConfig, profiles_of
 from router.core.decision import Decision, LinkState
 from router.core.health import BreakerLimits, BreakerTable
 from router.core.link_estimator import LinkEstimator, Sample
+from router.core.profile import KvShape
 from router.core.workers import Fleet, Role, WorkerState
 from router.links import Link
 
@@ -103,6 +104,10 @@ class WorkerTable:
             self.fleet.set_healthy(self.fleet.workers[worker_id], healthy)
             (self._away.discard if healthy else self._away.add)(worker_id)
         return self.fleet
+
+    def set_kv(self, worker_id: str, kv: KvShape) -> None:
+        """Take what a worker says of its pools; a profile, where there is one, goes before it."""
+        self.fleet.workers[WorkerId(worker_id)].kv = kv
 
     def observe(self, links: list[Link], now_s: float) -> None:
         """Take what the senders say of the links; call once a second, with nothing when nobody spoke."""

@@ -17,6 +17,7 @@ from cache_service.core.errors import ConfigError
 from cache_service.core.ids import parse_name
 from prfaas_sglang.config import ENVIRONMENT_VARIABLE, WorkerConfig, check_encryption
 from prfaas_sglang.fleet.explain import StrictLoader, explain
+from prfaas_sglang.fleet.routing import Admission, Link, Routing, Tune, check_profile, check_ranges
 
 #: What `model.path: tiny:FAMILY` builds; the families themselves are in prfaas_sglang/cpu/models.py.
 TINY = "tiny:"
@@ -159,18 +160,6 @@ class Transfer(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return Transfer(backend=backend, insecure=True)
 
 
-class Routing(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Prompts whose uncached part is longer than `threshold_tokens` are prefilled in another site.
-
-    Attributes:
-        early_first_token: see router/config.py.
-    """
-
-    policy: Literal["prfaas", "local", "remote"] = "prfaas"
-    threshold_tokens: int = 512
-    early_first_token: bool = True
-
-
 class Worker(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One SGLang server. Ports are chosen when they are 0.
 
@@ -181,6 +170,7 @@ class Worker(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         port: HTTP port.
         bootstrap_port: where a prefill worker accepts decode workers.
         gpus: GPU indices of this worker (device cuda); by default the n-th worker has the n-th GPU.
+        profile: file of its model profile (`prfaas profile`), "" when not known.
         args: more SGLang flags for this worker.
     """
 
@@ -190,6 +180,7 @@ class Worker(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     port: int = 0
     bootstrap_port: int = 0
     gpus: list[int] = []
+    profile: str = ""
     args: list[str] = []
 
 
@@ -198,14 +189,6 @@ class Site(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     name: str
     workers: list[Worker]
-
-
-class Link(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A directed link; KV flows from the prefill site to the decode site. `gbps` is 10^9 bit/s."""
-
-    src: str
-    dst: str
-    gbps: float
 
 
 class Router(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -233,6 +216,8 @@ class Fleet(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     engine: Engine = Engine()
     transfer: Transfer = Transfer()
     routing: Routing = Routing()
+    admission: Admission = Admission()
+    tune: Tune = Tune()
     links: list[Link] = []
     router: Router = Router()
     cache_service: CacheService = CacheService()
@@ -341,8 +326,7 @@ def _check_links(fleet: Fleet, sites: list[str]) -> None:
                 f"links[{i}]: {link.src} -> {link.dst} is also links[{seen[link.src, link.dst]}]"
             )
         seen[link.src, link.dst] = i
-        if not 0 < link.gbps <= 100_000:
-            raise ConfigError(f"links[{i}].gbps: {link.gbps:g} is not in 0..100000")
+        check_ranges(f"links[{i}].", "", link.given())
 
 
 def _check_use(field: str, site: Site, worker: Worker, fleet: Fleet) -> None:
@@ -366,6 +350,8 @@ def _check_worker(field: str, worker: Worker, fleet: Fleet) -> None:
     if worker.name in OTHER_PROCESSES:
         raise ConfigError(f"{field}.name: {worker.name!r} is the name of a process of the launcher's own")
     _check_args(f"{field}.args", worker.args)
+    needed = fleet.routing.policy == "ttft" and worker.role == "prefill"
+    check_profile(f"{field}.profile", worker.profile, needed=needed)
     if worker.bootstrap_port and worker.role != "prefill":
         raise ConfigError(f"{field}.bootstrap_port: only prefill workers have one")
     if worker.gpus and fleet.engine.device != "cuda":
@@ -401,8 +387,8 @@ def _check_engine(fleet: Fleet) -> None:
         )
     _check_args("engine.args", engine.args)
     _check_transfer(fleet)
-    if fleet.routing.threshold_tokens < 0:
-        raise ConfigError(f"routing.threshold_tokens: {fleet.routing.threshold_tokens} is below 0")
+    for name in ("routing", "admission", "tune"):
+        check_ranges(f"{name}.", f"{name}.", getattr(fleet, name).given())
 
 
 def _check_transfer(fleet: Fleet) -> None:

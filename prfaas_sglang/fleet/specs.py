@@ -322,6 +322,7 @@ def _router(
     run_dir: Path,
 ) -> ProcessSpec:
     workers: list[dict[str, Any]] = []
+    profiles: dict[str, str] = {}
     for site, worker in pairs:
         entry: dict[str, Any] = {
             "worker_id": worker.name,
@@ -334,6 +335,12 @@ def _router(
             entry |= {"bootstrap_host": worker.host, "bootstrap_port": mine.bootstrap}
             if fleet.transfer.backend == "prfaas":
                 entry["telemetry_url"] = f"http://{LOOPBACK}:{mine.telemetry}"
+        else:
+            # SGLang has a pool of this size (engine_arguments), so this is what admission may give away.
+            entry["kv_tokens"] = fleet.engine.max_total_tokens
+        if worker.profile:
+            path = str(Path(worker.profile).expanduser().resolve())
+            entry["profile"] = profiles.setdefault(path, f"profile-{len(profiles)}")
         workers.append(entry)
     config = {
         "listen": f"{fleet.router.host}:{ports.router}",
@@ -346,10 +353,13 @@ def _router(
         },
         "index": f"{fleet.cache_service.host}:{ports.cache}",
         "index_insecure": fleet.cache_service.insecure,
-        "policy": {"name": fleet.routing.policy, "threshold_tokens": fleet.routing.threshold_tokens},
+        "policy": fleet.routing.router_policy(),
+        "admission": fleet.admission.given(),
+        "tune": fleet.tune.given(),
+        "profiles": {name: path for path, name in profiles.items()},
         "early_first_token": fleet.routing.early_first_token,
         "workers": workers,
-        "links": [{"src": link.src, "dst": link.dst, "gbps": link.gbps} for link in fleet.links],
+        "links": [link.given() for link in fleet.links],
     }
     return _service("router", config, f"http://{fleet.router.host}:{ports.router}/health", run_dir)
 

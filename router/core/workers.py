@@ -1,7 +1,8 @@
 """The fleet as the router counts it: work queued on every worker, with the least loaded one at hand.
 
-Decides nothing about routes. Every change costs O(log workers), and the least loaded worker of a site and kind
-is read in O(1), so that no decision walks over all workers. Must not look at a clock; `now_s` is the caller's.
+Decides nothing about routes. Every change costs O(log workers), and the least loaded worker of a site and
+kind is read in O(1), so that no decision walks over all workers. Must not look at a clock; `now_s` is the
+caller's.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from cache_service.core.ids import SiteId, WorkerId
-from router.core.profile import ModelProfile
-
+from router.core.profile import KvShape, ModelProfile
 
 _Load = tuple[float, int, int, WorkerId]
 
@@ -31,6 +31,7 @@ class WorkerState:
 
     Attributes:
         profile: what the model costs on it, None when not known.
+        kv: bytes of a prompt, as its pools are laid out: what is left without a profile; None: not known.
         chunk_tokens: its prefill chunk: KV of earlier chunks travels while the last is computed.
         queued_tokens, queued_s: uncached tokens, and predicted seconds, of prefills given and not over.
         jobs: prefills given and not over.
@@ -56,6 +57,7 @@ class WorkerState:
     used_pages: int = 0
     page_tokens: int = 1
     assigned: int = 0
+    kv: KvShape | None = None
 
     def wait_s(self, now_s: float) -> float:
         """Return how long a prefill given now waits for those before it: their work less what is done."""

@@ -24,7 +24,7 @@ from router.core.decision import (
     Terms,
 )
 from router.core.match import Match
-from router.core.profile import ModelProfile
+from router.core.profile import KvShape, ModelProfile
 from router.core.workers import Fleet, WorkerState
 
 #: Holders of one site (and kind) that are looked at, longest prefix first: more are equals nearly always.
@@ -149,20 +149,21 @@ class Ways:
         """Yield every other site that prefills and has a usable link to the home site, by name."""
         home = self.request.home
         for site in sorted(self.fleet.prefill):
-            if site != home and (link := self.links.get((site, home))) is not None:
-                if link.up and link.rate_bytes_per_s > 0:
-                    yield site, link
+            link = self.links.get((site, home)) if site != home else None
+            if link is not None and link.up and link.rate_bytes_per_s > 0:
+                yield site, link
 
     # --- what it costs ---------------------------------------------------------------------------------
 
-    def wire_bytes(self, profile: ModelProfile | None) -> float:
-        """Return the bytes that cross for the whole prompt, less what decode holds; 0 without a profile."""
-        if profile is None:
+    def wire_bytes(self, known: ModelProfile | KvShape | None) -> float:
+        """Return the bytes that cross for the prompt, less what decode holds; 0 when not known."""
+        if known is None:
             return 0.0
-        size = self._bytes.get(id(profile))
+        size = self._bytes.get(id(known))
         if size is None:
             held = min(self._held, self.request.total_tokens)
-            size = self._bytes[id(profile)] = profile.kv_bytes(self.request.total_tokens, held)
+            kv = known.kv if isinstance(known, ModelProfile) else known
+            size = self._bytes[id(known)] = kv.bytes_at(self.request.total_tokens, held)
         return size
 
     def prefill_of(self, profile: ModelProfile | None) -> Callable[[int], float]:
@@ -229,7 +230,7 @@ class Ways:
             size = pull.wire_bytes
             cost = self.links[pull.src, pull.dst].price(size)
         if link is not None:
-            sent = self.wire_bytes(worker.profile)
+            sent = self.wire_bytes(worker.profile or worker.kv)
             transfer_s = sent / link.rate_bytes_per_s
             ttft_s = self.arrival_s(worker, link, max(wait_s, pull_s), computed_s, sent)
             size += sent

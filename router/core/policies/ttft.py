@@ -15,18 +15,21 @@ queue, and a holder that has both a shorter prefix and no shorter queue than ano
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cache_service.core.ids import SiteId
 from router.core.decision import Decision, LinkState, Reason
 from router.core.policies.options import HOLDERS, Option, Ways
 from router.core.profile import ModelProfile
-from router.core.workers import WorkerState
-
+from router.core.workers import Pool, WorkerState
 
 #: A link's backlog in seconds, a site, and the link from there to the home site (None for that itself).
 _Place = tuple[float, SiteId, LinkState | None]
+#: A link and seconds: its backlog; for one prompt transfer, that of the last chunk, round trip with price.
+_Path = tuple[LinkState | None, float, float, float, float]
+#: Prefill seconds by cached tokens.
+_Seconds = Callable[[int], float]
 
 
 @dataclass(slots=True)
@@ -143,82 +146,95 @@ def _search(ways: Ways, places: Sequence[_Place], longest: _Longest | None, best
 
     where `tail` is the transfer of the last chunk, and `fixed` the round trip and the price.
     """
-    request, policy, now_s, match = ways.request, ways.policy, ways.now_s, ways.match
-    usable, claims_of, excluded = match.usable, match.by_site, request.excluded
-    total, cap, pools = request.total_tokens, request.total_tokens - 1, ways.fleet.prefill
-    weight, work = policy.work_weight, 1.0 + policy.work_weight
-    score = best.score
-    profile: ModelProfile | None | str = "none yet"
+    total, excluded, pools = ways.request.total_tokens, ways.request.excluded, ways.fleet.prefill
+    cost_weight_s, work = ways.policy.cost_weight_s, 1.0 + ways.policy.work_weight
+    profile: ModelProfile | str | None = "none yet"
     for backlog_s, site, link in places:
         if (pool := pools.get(site)) is None:
             continue
         for least in pool.leasts(excluded):
             if least.profile is not profile:
                 profile = least.profile
-                prefill_of, sent = ways.prefill_of(profile), ways.wire_bytes(profile)
-                least_s, whole_s = prefill_of(ways.longest_tokens), prefill_of(0)
+                prefill_of, sent = ways.prefill_of(profile), ways.wire_bytes(profile or least.kv)
+                least_s = prefill_of(ways.longest_tokens) * work
             transfer_s = tail_s = fixed_s = 0.0
             if link is not None:
                 transfer_s = sent / link.rate_bytes_per_s
                 chunk = least.chunk_tokens
                 tail_s = transfer_s * chunk / total if chunk < total else transfer_s
-                fixed_s = link.rtt_s + policy.cost_weight_s * link.price_per_gb * 1e-9 * sent
+                fixed_s = link.rtt_s + cost_weight_s * link.price_per_gb * 1e-9 * sent
             added_s = tail_s + fixed_s
-            if least_s * work + added_s >= score or backlog_s + transfer_s + fixed_s >= score:
+            if least_s + added_s >= best.score or backlog_s + transfer_s + fixed_s >= best.score:
                 continue  # not even with the longest prefix of all and no queue
-            limit_s = score - added_s
-            shortest_s, left, members, uniform = math.inf, HOLDERS, pool.members, pool.uniform
-            for worker_id in claims_of.get(site, ()):
-                matched = usable[worker_id]
-                prefill_s = prefill_of(matched if matched < cap else cap)
-                room_s = limit_s - prefill_s * work
-                if room_s <= 0.0:
-                    break  # nor have those room that hold less
-                worker = members.get(worker_id)
-                if worker is None or not worker.healthy or (excluded and worker_id in excluded):
-                    continue
-                if not (uniform or worker.costs_like(least)):
-                    continue
-                wait_s = worker.wait_s(now_s)
-                if wait_s < shortest_s:  # else one of its kind that holds more is free no later
-                    shortest_s = wait_s
-                    if wait_s < room_s:
-                        there_s = _over(wait_s, prefill_s, tail_s, backlog_s, transfer_s)
-                        trial = there_s + fixed_s + weight * prefill_s
-                        if trial < score:
-                            score, limit_s = trial, trial - added_s
-                            best.take(trial, worker, link, None)
-                left -= 1
-                if not left:
-                    break
-            wait_s = least.wait_s(now_s)
-            if wait_s + least_s * work >= limit_s:
-                continue
-            matched = usable.get(least.worker_id, 0)
-            prefill_s = prefill_of(matched if matched < cap else cap) if matched else whole_s
-            if wait_s + prefill_s * work < limit_s:
-                there_s = _over(wait_s, prefill_s, tail_s, backlog_s, transfer_s)
-                trial = there_s + fixed_s + weight * prefill_s
-                if trial < score:
-                    score, limit_s = trial, trial - added_s
-                    best.take(trial, least, link, None)
-            if longest is not None and longest.tokens > matched:
-                prefill_s = prefill_of(longest.tokens)
-                pull_s, cost = _pull(ways, longest, site)
-                start_s = pull_s if pull_s > wait_s else wait_s
-                if start_s + prefill_s * work + cost < limit_s:
-                    there_s = _over(start_s, prefill_s, tail_s, backlog_s, transfer_s)
-                    trial = there_s + fixed_s + weight * prefill_s + cost
-                    if trial < score:
-                        score = trial
-                        best.take(trial, least, link, longest.worker)
+            path = (link, backlog_s, transfer_s, tail_s, fixed_s)
+            _try_holders(ways, pool, least, prefill_of, path, best)
+            wait_s = least.wait_s(ways.now_s)
+            if wait_s + least_s + added_s < best.score:
+                _try_least(ways, least, wait_s, prefill_of, path, longest, best)
 
 
-def _over(start_s: float, prefill_s: float, tail_s: float, backlog_s: float, transfer_s: float) -> float:
-    """Return Ways.arrival_s less the round trip; at home `tail_s` and what follows are 0."""
+def _try_holders(
+    ways: Ways, pool: Pool, least: WorkerState, prefill_of: _Seconds, path: _Path, best: _Found
+) -> None:
+    """Improve `best` by those of a kind (that of `least`) that hold something, with what they hold."""
+    usable, excluded, now_s = ways.match.usable, ways.request.excluded, ways.now_s
+    cap, weight = ways.request.total_tokens - 1, ways.policy.work_weight
+    link, _, _, tail_s, fixed_s = path
+    members, uniform, work, added_s = pool.members, pool.uniform, 1.0 + weight, tail_s + fixed_s
+    shortest_s, left = math.inf, HOLDERS
+    for worker_id in ways.match.by_site.get(least.site, ()):
+        matched = usable[worker_id]
+        prefill_s = prefill_of(matched if matched < cap else cap)
+        room_s = best.score - added_s - prefill_s * work
+        if room_s <= 0.0:
+            return  # nor have those room that hold less
+        worker = members.get(worker_id)
+        if worker is None or not worker.healthy or (excluded and worker_id in excluded):
+            continue
+        if not (uniform or worker.costs_like(least)):
+            continue
+        wait_s = worker.wait_s(now_s)
+        if wait_s < shortest_s:  # else one of its kind that holds more is free no later
+            shortest_s = wait_s
+            if wait_s < room_s:
+                score = _over(wait_s, prefill_s, path) + weight * prefill_s
+                if score < best.score:
+                    best.take(score, worker, link, None)
+        left -= 1
+        if not left:
+            return
+
+
+def _try_least(
+    ways: Ways,
+    least: WorkerState,
+    wait_s: float,
+    prefill_of: _Seconds,
+    path: _Path,
+    longest: _Longest | None,
+    best: _Found,
+) -> None:
+    """Improve `best` by the least loaded of a kind, with what it holds or the longest prefix of all."""
+    weight = ways.policy.work_weight
+    matched = ways.matched(least)
+    prefill_s = prefill_of(matched)
+    score = _over(wait_s, prefill_s, path) + weight * prefill_s
+    if score < best.score:
+        best.take(score, least, path[0], None)
+    if longest is not None and longest.tokens > matched:
+        prefill_s = prefill_of(longest.tokens)
+        pull_s, cost = _pull(ways, longest, least.site)
+        score = _over(pull_s if pull_s > wait_s else wait_s, prefill_s, path) + weight * prefill_s + cost
+        if score < best.score:
+            best.take(score, least, path[0], longest.worker)
+
+
+def _over(start_s: float, prefill_s: float, path: _Path) -> float:
+    """Return Ways.arrival_s, and the price in seconds; at home all of the path is 0."""
+    _, backlog_s, transfer_s, tail_s, fixed_s = path
     ready_s = start_s + prefill_s + tail_s
     linked_s = (backlog_s if backlog_s > start_s else start_s) + transfer_s
-    return ready_s if ready_s > linked_s else linked_s
+    return (ready_s if ready_s > linked_s else linked_s) + fixed_s
 
 
 def _pull(ways: Ways, longest: _Longest, site: SiteId) -> tuple[float, float]:

@@ -154,7 +154,23 @@ def test_tiny_families_are_those_of_the_builder() -> None:
             "cache_service.port: 127.0.0.1:9000 is also router.port",
         ),
         (("tls: auto", "backend: pigeon"), "transfer.backend: invalid enum value 'pigeon'"),
-        (("links:", "routing: {threshold_tokens: -1}\nlinks:"), "routing.threshold_tokens: -1 is below 0"),
+        (
+            ("links:", "routing: {policy: fastest}\nlinks:"),
+            "accepted: prfaas, ttft, local, remote, round_robin, cache_aware",
+        ),
+        (
+            ("links:", "routing: {policy: ttft}\nlinks:"),
+            r"workers\[0\].profile: is missing; routing.policy ttft",
+        ),
+        (("role: prefill", "role: prefill, profile: /no/such"), r"workers\[0\].profile: no file /no/such"),
+        (("links:", "routing: {margin_ratio: 2}\nlinks:"), "routing.margin_ratio: 2 is not in 0..1"),
+        (("links:", "admission: {waiting: 0}\nlinks:"), "admission.waiting: 0 is not in 1.."),
+        (
+            ("links:", "admission: {max_wait_s: {interactive: 0, standard: 1, batch: 1}}\nlinks:"),
+            "admission.max_wait_s.interactive: 0 is not in 0.001..",
+        ),
+        (("links:", "tune: {eager: 1}\nlinks:"), "accepted: enabled, apply, period_s"),
+        (("links:", "routing: {threshold_tokens: -1}\nlinks:"), "routing.threshold_tokens: -1 is not in 0.."),
         (("links:", "links: ["), "is not valid YAML"),
     ],
 )

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from prfaas_sglang.transfer import telemetry
 from prfaas_sglang.transfer.telemetry import LinkSample, Telemetry
 from router.config import WorkerConfig
+from router.core.profile import KvShape
 from router.links import STALE_S, LinkPoller, LinkTable
 
 REPORT: dict[str, Any] = {
@@ -67,10 +68,13 @@ def test_garbage_is_refused_or_ignored(data: bytes) -> None:
 
 
 def test_the_poller_asks_a_real_worker_and_survives_a_silent_one() -> None:
-    """A transfer worker's own endpoint is read; nobody at the other address."""
+    """A transfer worker's own endpoint is read, its pools too; nobody at the other address."""
     source = Telemetry("A")
     source.sampled("B", "bundle", LinkSample(0.05, 0.04, 7e6, None, 10, 1, 3, 50))
-    server = telemetry.serve(source, "127.0.0.1", 0)
+    component = {"kind": "kv", "row_bytes": [4096, 4096]}
+    layout = {"engine": "e", "model": "m", "page_size": 64, "kv_dtype": "bf16", "tp_size": 2}
+    pools = {"layout": {**layout, "components": [component]}, "fingerprint": "f"}
+    server = telemetry.serve(source, "127.0.0.1", 0, pools)
     workers = [
         WorkerConfig(worker_id=name, site="A", role="prefill", url="http://x", telemetry_url=url)
         for name, url in (
@@ -82,13 +86,15 @@ def test_the_poller_asks_a_real_worker_and_survives_a_silent_one() -> None:
 
     async def run() -> None:
         table = LinkTable()
-        poller = LinkPoller(table, workers)
+        shapes: dict[str, KvShape] = {}
+        poller = LinkPoller(table, workers, shapes.__setitem__)
         poller.start()
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(10):
-            while not (links := table.links(loop.time())):
+            while not (links := table.links(loop.time())) or not shapes:
                 await asyncio.sleep(0.01)
         await poller.stop()
+        assert (list(shapes), shapes["a0"].bytes_per_token) == (["a0"], 2 * 8192 / 64)
         assert (links[0].goodput_bytes_per_s, links[0].open_transfers) == (7e6, 3)
 
     try:

@@ -174,6 +174,15 @@ def test_chunks_travel_while_the_next_is_computed() -> None:
     assert found.predicted.ttft_s == pytest.approx(0.8 + 0.4 / 8)
 
 
+def test_bytes_are_known_from_the_pools_without_a_profile() -> None:
+    """What a worker tells of its pools budgets the link; a profile goes before it."""
+    pools = KvShape(500.0, state_bytes=7.0)
+    fleet = Fleet([prefill("a0", kv=pools), prefill("b0", B), decode()])
+    assert route(1000, fleet=fleet).wire_bytes == 500_007.0
+    fleet.workers[WorkerId("a0")].profile = FAST
+    assert route(1000, fleet=fleet).wire_bytes == 1_000_000.0
+
+
 def test_a_near_tie_stays_at_home() -> None:
     """Away must be better by both margins: 3 % is not, 10 % is."""
     for seconds, kind in ((0.97, RouteKind.LOCAL), (0.9, RouteKind.REMOTE)):
