@@ -17,6 +17,7 @@ from prfaas_sglang.cpu import models
 from prfaas_sglang.fleet import config, specs, up
 from prfaas_sglang.fleet import ports as ports_module
 from prfaas_sglang.fleet.ports import PortPlan
+from router import config as router_config
 
 SMALL = """
 model: {path: tiny:gdn}
@@ -308,6 +309,32 @@ def test_specs_wire_the_parts_together(tmp_path: Path) -> None:
     decode = json.loads(by_name["b-d"].files["b-d.transfer.json"])
     assert decode["peer_sites"] == ["A", "B"]
     assert "state_events" not in decode
+
+
+def test_the_router_accepts_what_is_passed_on(tmp_path: Path) -> None:
+    """Policy, profile, admission, long loop, ceiling and price arrive; decode has its pool as a budget."""
+    (tmp_path / "config.json").write_text("{}")
+    shape = "{format: 1, name: x, kv: {bytes_per_token: 1}, prefill: {fixed_s: 0, per_token_s: 1}}"
+    (tmp_path / "x.yaml").write_text(shape)
+    text = SMALL.replace("role: prefill", f"role: prefill, profile: {tmp_path}/x.yaml")
+    text = text.replace("gbps: 10", "gbps: 10, ceiling_gbps: 8, price_per_gb: 0.02") + (
+        "routing: {policy: ttft, margin_s: 0.5, balance_abs: 3}\n"
+        "admission: {waiting: 7, max_wait_s: {interactive: 1, standard: 2, batch: 3}}\n"
+        "tune: {enabled: true, period_s: 5}\n"
+    )
+    fleet = config.parse(text)
+    plan = specs.build(fleet, tmp_path, tmp_path, specs.claim_ports(fleet, PortPlan()))
+    (file,) = (s.files["router.json"] for s in plan.services if s.name == "router")
+    found = router_config.parse(json.loads(file))
+    assert (found.policy.name, found.policy.margin_s, found.policy.balance_abs) == ("ttft", 0.5, 3)
+    assert (found.admission.waiting, found.admission.max_wait_s.batch) == (7, 3)
+    assert (found.tune.enabled, found.tune.period_s, found.tune.min_requests) == (True, 5, 200)
+    assert (found.links[0].ceiling_gbps, found.links[0].price_per_gb) == (8, 0.02)
+    assert [(w.profile, w.kv_tokens) for w in found.workers] == [
+        ("profile-0", 0),
+        ("profile-0", 0),
+        ("", fleet.engine.max_total_tokens),
+    ]
 
 
 def test_stock_events_are_followed_without_our_backend(tmp_path: Path) -> None:
