@@ -43,6 +43,7 @@ On the worker (SGLang 0.5.21; the endpoint must be a wildcard, or SGLang connect
 clients then need a certificate of the same authority), or  insecure: true.
 
 Optional: ingest: {probe_s: 2, replay_timeout_s: 2, lease_s: 10, queue_batches: 10000}, log_flush_s: 0.1,
+index_budget_bytes: 4294967296 (above it, what was used longest ago is forgotten; 0: no bound),
 log_level: INFO, replication: {etcd: {endpoints: [etcd-1:2379]}} (docs/configuration.md), and in namespace:
 revision, kv_dtype, layout.
 

@@ -159,6 +159,9 @@ class CacheConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         insecure: plain TCP on `listen` although it is not loopback.
         direct_listen: Match without gRPC, plain TCP, on the host of `listen`; "" for any port of loopback,
             nothing elsewhere or with `tls`; "off" for nothing.
+        index_budget_bytes: about how much the index of the followed workers may take, and as much again each
+            index of other sites' blocks (one per publishing stride); above it the prefixes used longest ago
+            are forgotten. 0 for no bound.
     """
 
     site: str
@@ -171,6 +174,7 @@ class CacheConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     metrics_listen: str | None = None
     ingest: IngestConfig = IngestConfig()
     replication: ReplicationConfig | None = None
+    index_budget_bytes: int = 4 << 30
     log_flush_s: float = 0.1
     log_level: str = "INFO"
 
@@ -259,6 +263,10 @@ def _check(config: CacheConfig) -> None:
         _positive(getattr(config.ingest, name), f"ingest.{name}", 3600)
     _positive(config.ingest.queue_batches, "ingest.queue_batches", 1_000_000)
     _positive(config.log_flush_s, "log_flush_s", 60)
+    if config.index_budget_bytes < 0:
+        raise ConfigError(
+            f"index_budget_bytes: {config.index_budget_bytes} is negative; give bytes, 0 for no bound"
+        )
     if config.replication is not None:
         _check_replication(config.replication, config.site, config.namespace.page_size)
 

@@ -132,6 +132,14 @@ class IndexMetrics:
         ):
             Gauge(f"prfaas_index_{name}", text, registry=self.registry).set_function(read)
 
+    def observe_memory(self, estimate: Callable[[], int], evicted: Callable[[], int]) -> None:
+        """Publish what the index takes and what it forgot to keep its budget, read when scraped."""
+        for name, text, read in (
+            ("memory_bytes", "Estimate of what the index of the followed workers takes", estimate),
+            ("evicted_blocks_count", "Blocks forgotten to keep index_budget_bytes, in this life", evicted),
+        ):
+            Gauge(f"prfaas_index_{name}", text, registry=self.registry).set_function(read)
+
     def observe_following(self, watchers: Callable[[], int], hot: Callable[[], int]) -> None:
         """Publish who follows the index and how many prefixes are counted, read when scraped."""
         for name, text, read in (

@@ -58,7 +58,13 @@ class CacheServer:
     def __init__(self, config: CacheConfig, log_store: DeltaLog | None = None) -> None:
         self._config = config
         self._registry = CollectorRegistry()
-        self.state = IndexState(config.key(), config.sites(), log_store, IndexMetrics(self._registry))
+        self.state = IndexState(
+            config.key(),
+            config.sites(),
+            log_store,
+            IndexMetrics(self._registry),
+            budget_bytes=config.index_budget_bytes,
+        )
         self._service = PrefixIndexService(self.state, self.stats)
         self.state.metrics.observe_following(lambda: self._service.watchers, lambda: len(self.state.hot))
         self.replication: EtcdReplication | PeerReplication | None = None

@@ -53,10 +53,12 @@ class IndexState:
         sites: Mapping[SourceId, SiteId],
         log: DeltaLog | None,
         metrics: IndexMetrics,
+        *,
+        budget_bytes: int = 0,
     ) -> None:
         self.namespace = namespace
-        self.index = make_index()
-        self.indexes = Indexes(self.index)
+        self.index = make_index(budget_bytes=budget_bytes)
+        self.indexes = Indexes(self.index, budget_bytes=budget_bytes)
         self.claims = Claims(dict(sites))
         self.writer = LogWriter(log or InProcessLog(), self.index)
         #: Whether anybody reads what goes into the log.
@@ -75,6 +77,7 @@ class IndexState:
             self.index.add(source)
         metrics.index_core(core_name())
         metrics.observe_index(self.index.counts, lambda: self.index.revision)
+        metrics.observe_memory(lambda: self.index.bytes_estimate, lambda: self.index.evicted_blocks)
         metrics.observe_log(lambda: self.writer.log_bytes, lambda: self.writer.log_segments)
 
     def attach(self, publisher: Publisher, site: SiteId) -> None:

@@ -62,10 +62,14 @@ class Claims:
 
 
 class Indexes:
-    """The service's own index, and one for each stride that other sites publish with."""
+    """The service's own index, and one for each stride that other sites publish with.
 
-    def __init__(self, own: BlockIndex) -> None:
+    `budget_bytes` bounds each of the latter; 0 for no bound.
+    """
+
+    def __init__(self, own: BlockIndex, *, budget_bytes: int = 0) -> None:
         self.own = own
+        self._budget_bytes = budget_bytes
         self._coarse: dict[int, CoarseIndex] = {}
 
     def of(self, stride: int) -> BlockIndex | CoarseIndex:
@@ -73,7 +77,7 @@ class Indexes:
         if stride == 1:
             return self.own
         if stride not in self._coarse:
-            self._coarse[stride] = CoarseIndex(stride, make_index())
+            self._coarse[stride] = CoarseIndex(stride, make_index(budget_bytes=self._budget_bytes))
         return self._coarse[stride]
 
     def match(self, hashes: Sequence[BlockHash], limit_blocks: int) -> list[Match]:

@@ -71,6 +71,7 @@ def test_good() -> None:
         (("workers", 0, "colour"), "red", "$.workers[0]"),
         (("ingest",), {"lease_s": 0}, "ingest.lease_s"),
         (("log_flush_s",), -1, "log_flush_s"),
+        (("index_budget_bytes",), -1, "index_budget_bytes"),
     ],
 )
 def test_wrong(path: tuple[Any, ...], value: object, named: str) -> None:
