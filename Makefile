@@ -17,7 +17,7 @@ demo-mooncake: setup ## the same demo over SGLang's stock mooncake_tcp backend
 	@.venv/bin/prfaas demo --backend mooncake_tcp
 
 test: setup check ## every check and every test, real engine included
-	$(PYTHON_BIN) -m pytest
+	@scripts/test.sh
 
 test-fast: setup ## tests without the real engine and without the slow ones of etcd (under 3 minutes)
 	$(PYTHON_BIN) -m pytest -m "not engine and not gpu and not slow"

@@ -35,7 +35,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "swa": {"page_size": 16, "max_total_tokens": 4096, "swa_full_tokens_ratio": 0.2},
 }
-REQUESTS = 70
+#: The family whose usable prefix is not that of its blocks is asked more often.
+REQUESTS = {"dense": 30, "gdn": 70, "swa": 30}
 MAX_PROMPT = 1200
 
 
@@ -182,7 +183,7 @@ async def test_claims_are_hits(
     talk = Conversations(seed=11)
     claimed = reused = over = exact = matched_more = 0
     async with watched(serve, model, tmp_path, **FAMILIES[family]) as pair:
-        for _ in range(REQUESTS):
+        for _ in range(REQUESTS[family]):
             prompt = talk.prompt()
             matched, usable = await pair.claim(prompt)
             answer = await pair.generate(prompt)
@@ -194,12 +195,12 @@ async def test_claims_are_hits(
         stats = (await pair.cache.client.stats()).sources[0]
     with capsys.disabled():
         print(
-            f"\n{family}: {REQUESTS} requests, claimed {claimed} reused {reused} tokens, "
+            f"\n{family}: {REQUESTS[family]} requests, claimed {claimed} reused {reused} tokens, "
             f"over {over}, exact {exact}, blocks alone would have over-claimed {matched_more}; {stats.counts}"
         )
     assert reused > 20 * 64, "nothing was reused: this proves nothing"
-    assert over <= REQUESTS // 100  # that is, never
-    assert exact >= REQUESTS * 95 // 100
+    assert not over
+    assert exact >= REQUESTS[family] * 95 // 100
 
 
 async def test_tenants_do_not_meet(serve: Serve, references: References, tmp_path: Path) -> None:
