@@ -149,7 +149,7 @@ async def refused(url: str) -> None:
     while True:
         try:
             _, writer = await asyncio.open_connection(host, int(port))
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, ConnectionResetError):  # reset: it waited to be accepted
             return
         writer.close()
         await writer.wait_closed()

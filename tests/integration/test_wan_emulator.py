@@ -248,8 +248,10 @@ def test_jitter_spreads_and_never_reorders(wan: MakeWan) -> None:
     arrivals = datagrams(link, 2000, per_s=2000)
     assert [a.index for a in arrivals] == list(range(2000))
     delays = [a.arrived_s - a.sent_s for a in arrivals]
-    assert statistics.mean(delays) == pytest.approx(0.020, abs=0.003)  # keeping the order adds some
-    assert statistics.stdev(delays) == pytest.approx(0.004, rel=0.4)
+    # not mean and deviation, which one pause of the machine moves; keeping the order adds some
+    assert statistics.median(delays) == pytest.approx(0.020, abs=0.004)
+    tenths = statistics.quantiles(delays, n=10)
+    assert (tenths[8] - tenths[0]) / 2.56 == pytest.approx(0.004, rel=0.5)
 
 
 def test_outages_come_and_go(wan: MakeWan) -> None:
