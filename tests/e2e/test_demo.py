@@ -46,18 +46,21 @@ def test_long_prompts_cross_the_link_and_short_ones_stay(result: dict[str, Any])
 
 
 def test_a_second_agent_hits_the_shared_system_prompt(result: dict[str, Any]) -> None:
-    """The first turn of a later agent finds the prefix that the first agent left, in either site."""
+    """The first turn of a later agent finds the prefix that the first agent left, in either site.
+
+    It may hit more than was matched when it was routed: the agents beside it snapshot their state meanwhile.
+    """
     for kind, shared_tokens in (("research", 512), ("helpdesk", 64)):
         first, second = (
             next(r for r in result["rows"] if r["agent"] == f"{kind}-{i}" and r["turn"] == 1) for i in (0, 1)
         )
         assert first["hit_tokens"] == 0
         assert second["hit_tokens"] >= shared_tokens
-        assert second["matched_tokens"] >= second["hit_tokens"]
+        assert second["matched_tokens"] >= shared_tokens
 
 
 def test_a_later_turn_hits_the_conversation(result: dict[str, Any]) -> None:
-    """Turn 3 reuses more than turn 2 did, and an index claim was never below what was hit."""
+    """Turn 3 reuses more than turn 2 did."""
     rows = {(r["agent"], r["turn"]): r for r in result["rows"]}
     assert rows["research-0", 3]["hit_tokens"] > rows["research-0", 2]["hit_tokens"] > 0
 
