@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from cache_service.client import IndexClient
@@ -82,14 +84,18 @@ async def test_kill_one_of_two_under_load(pair, restart: bool) -> None:
 
 
 async def asked(processes: list[CacheProcess]) -> CacheProcess:
-    """Return the service with the higher processor time: the one that the client asks."""
+    """Return the service that has answered most: the one that the client asks."""
 
-    def used(process: CacheProcess) -> int:
-        assert process.process is not None
-        fields = Path(f"/proc/{process.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])
+    async def answered(process: CacheProcess) -> float:
+        url = f"http://127.0.0.1:{process.metrics_port}/metrics"
+        async with aiohttp.ClientSession() as session, session.get(url) as answer:
+            found = re.search(
+                r'^prfaas_index_match_requests_total{outcome="ok"} (.+)$', await answer.text(), re.M
+            )
+        return float(found[1]) if found else 0.0
 
-    return max(processes, key=used)
+    counts = [await answered(process) for process in processes]
+    return processes[counts.index(max(counts))]
 
 
 async def healthy(client: IndexClient, number: int) -> bool:
