@@ -78,7 +78,9 @@ class Gate:
     def _set_links(self) -> None:
         for key, link in self._table.links.items():
             rate = link.rate_bytes_per_s if link.usable else 0.0
-            self.queue.set_link(key, rate * self._config.link_horizon_s, rate)
+            # What waits for its prefill does not need the link yet.
+            horizon_s = self._config.link_horizon_s + self._table.fleet.mean_queued_s(link.src)
+            self.queue.set_link(key, rate * horizon_s, rate)
 
     def _settle(self, results: Sequence[Result]) -> None:
         for result in results:
@@ -92,7 +94,6 @@ class Gate:
         """Return what `decision` asks for; `terms` are class, tenant and arrival on the loop's clock."""
         request_class, tenant, arrived_s = terms
         key = (decision.prefill.site, decision.decode.site)
-        home = self._table.fleet.prefill.get(decision.decode.site)
         return Ticket(
             ticket_id,
             request_class,
@@ -104,7 +105,7 @@ class Gate:
             link=key if key in self._table.links else None,
             link_bytes=decision.wire_bytes,
             service_s=decision.predicted.ttft_s,
-            local_ok=home is not None and home.least() is not None,
+            local_s=decision.local_s,
         )
 
     @contextlib.asynccontextmanager

@@ -10,7 +10,8 @@ longest wait it keeps all that it needs.
     event                                                   outcome
     fits, and nobody before it lacks the same               ADMIT
     does not fit                                            WAIT (queue has room) or REJECT (it has not)
-    waits, and its time to go over the link has run out     LOCAL if it may: no link, but still the pages
+    waits, and its time to go over the link has run out,    LOCAL if it may: no link, but still the pages
+      at the latest when home would have been as fast
     waits past its class's longest wait                     REJECT, with a Retry-After
     asks for more pages than the worker has in all          REJECT at once
     asks for more bytes than the link's whole budget        admitted when it can have the link to itself
@@ -73,7 +74,7 @@ class Ticket:
         link, link_bytes: which link, None for a local route, and what it will send.
         decode, pages: which decode worker, and how many of its pages.
         service_s: predicted time from admission to the first token.
-        local_ok: it can be served without the link.
+        local_s: the same without the link, inf when it cannot be served so.
         arrived_s: when it came.
     """
 
@@ -87,7 +88,7 @@ class Ticket:
     link: Hashable | None = None
     link_bytes: float = 0.0
     service_s: float = 0.0
-    local_ok: bool = True
+    local_s: float = math.inf
     deadline_s: float = math.inf
 
 
@@ -222,7 +223,14 @@ class AdmissionQueue:
 
     def poll(self, now_s: float) -> list[Result]:
         """Return every ticket that is settled now, in order. O(waiting)."""
-        results = self._expired(now_s)
+        results = [*self._overdue(now_s), *self._let_in(now_s)]
+        if self._send_home(now_s):
+            results += self._let_in(now_s)
+        return results
+
+    def _let_in(self, now_s: float) -> list[Result]:
+        """Admit whoever fits, in the order of turns."""
+        results: list[Result] = []
         lacking: set[tuple[str, Hashable]] = set()
         passed: dict[tuple[RequestClass, str], int] = {}
         while self._waiting and (entry := self._next(passed)) is not None:
@@ -375,17 +383,25 @@ class AdmissionQueue:
                 group.tenants.clear()
                 group.deficit = min(group.deficit, 0.0) if self._waiting else 0.0
 
-    def _expired(self, now_s: float) -> list[Result]:
+    def _overdue(self, now_s: float) -> list[Result]:
+        """Reject those that have waited as long as their class may."""
         results: list[Result] = []
         for entry in list(self._waiting.values()):
             ticket = entry.ticket
-            limit_s = self.limits.max_wait_s[ticket.request_class]
-            if now_s - ticket.arrived_s >= limit_s:
+            if now_s - ticket.arrived_s >= self.limits.max_wait_s[ticket.request_class]:
                 self._dequeue(entry)
                 results.append(self._rejected(ticket, entry.local, "waited_too_long", now_s))
-            elif not entry.local and ticket.local_ok and now_s + ticket.service_s >= entry.due_s:
-                entry.local = True
         return results
+
+    def _send_home(self, now_s: float) -> bool:
+        """Give up the link for those that will be late over it and no sooner than at home; say if any."""
+        found = False
+        for entry in self._waiting.values():
+            ticket = entry.ticket
+            over_s = now_s + ticket.service_s
+            if not entry.local and over_s >= entry.due_s and over_s >= ticket.arrived_s + ticket.local_s:
+                entry.local = found = True
+        return found
 
     def _rejected(self, ticket: Ticket, local: bool, reason: str, now_s: float) -> Result:
         """Return a rejection that says when what the ticket lacks is likely to be there."""

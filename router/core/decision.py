@@ -72,8 +72,8 @@ class Policy:
     Attributes:
         name: which rule.
         threshold_tokens: `prfaas`: uncached tokens up to which a prompt is prefilled where it is decoded.
-        max_link_wait_s: backlog of a link, in seconds at its present rate, from which it takes no more
-            requests that have another way.
+        max_link_wait_s: wait for a link (LinkState.wait_s) from which it takes no more requests that have
+            another way.
         margin_ratio, margin_s: `ttft`: another site must be faster than home by both of these, and another
             worker than the session's last one.
         work_weight: `ttft`: seconds charged per second of prefill besides its own delay: others wait for it.
@@ -170,6 +170,18 @@ class LinkState:
         committed, in_flight = self.committed_bytes, self.in_flight_bytes
         return (committed if committed > in_flight else in_flight) / rate
 
+    def wait_s(self, queued_s: float) -> float:
+        """Return how long it keeps a prompt waiting whose prefill starts now, inf when it is not usable.
+
+        `queued_s`: how long prompts at `src` wait for their prefill, in the mean. What is committed gets to
+        the link over that time; only what the link cannot carry in it is in the way of others.
+        """
+        rate = self.rate_bytes_per_s
+        if not self.up or rate <= 0:
+            return math.inf
+        ahead_s, in_flight_s = self.committed_bytes / rate - queued_s, self.in_flight_bytes / rate
+        return ahead_s if ahead_s > in_flight_s else in_flight_s
+
     def price(self, size_bytes: float) -> float:
         """Return what it costs to send `size_bytes`."""
         return size_bytes * 1e-9 * self.price_per_gb
@@ -215,6 +227,7 @@ class Decision:
             scarce regime; equal to `uncached_tokens` on a local route of that rule.
         threshold_tokens: the threshold it was compared with, raised by a busy link.
         wire_bytes: what crosses between sites, a pull included; `cost` is its price.
+        local_s: predicted time to first token in the home site, inf when nobody there can take it.
     """
 
     kind: RouteKind
@@ -228,4 +241,5 @@ class Decision:
     wire_bytes: float = 0.0
     cost: float = 0.0
     predicted: Terms = Terms()
+    local_s: float = math.inf
     pull: Pull | None = None

@@ -108,7 +108,7 @@ class Pool:
     holds; one of another chip may be worth a longer queue.
     """
 
-    __slots__ = ("_firsts", "_kinds", "_of", "_order", "members")
+    __slots__ = ("_firsts", "_kinds", "_of", "_order", "_queued", "_queued_s", "members")
 
     def __init__(self) -> None:
         self.members: dict[WorkerId, WorkerState] = {}
@@ -117,6 +117,14 @@ class Pool:
         self._of: dict[WorkerId, _Kind] = {}
         #: The least loaded healthy worker of each kind that has one, least loaded first.
         self._firsts: list[WorkerState] = []
+        #: Queued seconds of each member as last counted, and their sum.
+        self._queued: dict[WorkerId, float] = {}
+        self._queued_s = 0.0
+
+    @property
+    def mean_queued_s(self) -> float:
+        """Predicted seconds of work queued, in the mean over all members."""
+        return self._queued_s / len(self.members) if self.members else 0.0
 
     def add(self, worker: WorkerState) -> None:
         self.members[worker.worker_id] = worker
@@ -127,7 +135,15 @@ class Pool:
         del self.members[worker.worker_id]
         self._order.remove(worker)
         self._leave(worker)
+        self._count(worker.worker_id, 0.0)
+        self._queued.pop(worker.worker_id, None)
         self._rank()
+
+    def _count(self, worker_id: WorkerId, queued_s: float) -> None:
+        before = self._queued.get(worker_id, 0.0)
+        if before != queued_s:
+            self._queued[worker_id] = queued_s
+            self._queued_s = max(0.0, self._queued_s + queued_s - before)
 
     def touch(self, worker: WorkerState) -> None:
         """Take note of a changed load, health, profile or chunk. O(log n) amortised."""
@@ -139,6 +155,7 @@ class Pool:
                 kind = _Kind(worker)
                 self._kinds.append(kind)
             self._of[worker.worker_id] = kind
+        self._count(worker.worker_id, worker.queued_s)
         key = worker.load()
         if not worker.healthy:
             kind.newest.pop(worker.worker_id, None)
@@ -227,6 +244,11 @@ class Fleet:
 
     def _pools(self, role: Role) -> dict[SiteId, Pool]:
         return self.prefill if role is Role.PREFILL else self.decode
+
+    def mean_queued_s(self, site: SiteId) -> float:
+        """Return the predicted seconds of prefill queued in a site, in the mean over its workers."""
+        pool = self.prefill.get(site)
+        return pool.mean_queued_s if pool is not None else 0.0
 
     def touch(self, worker: WorkerState) -> None:
         """Take note of a worker's fields that were changed from outside."""

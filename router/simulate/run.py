@@ -148,7 +148,8 @@ class Simulation:
     def _budget(self, key: tuple[SiteId, SiteId], link: Link) -> None:
         assert self.queue is not None
         rate = link.state.rate_bytes_per_s if link.state.usable else 0.0
-        self.queue.set_link(key, rate * self.scenario.link_horizon_s, rate)
+        horizon_s = self.scenario.link_horizon_s + self.fleet.mean_queued_s(key[0])
+        self.queue.set_link(key, rate * horizon_s, rate)
 
     def _next_arrival(self, job: Job | None) -> None:
         following = next(self._arrivals, None)
@@ -188,12 +189,11 @@ class Simulation:
             self._dispatch(job, decision)
             return
         key = (decision.prefill.site, decision.decode.site)
-        home = self.fleet.prefill.get(decision.decode.site)
         name = f"{job.number}/{job.attempt}"
         ticket = Ticket(
             name, job.request_class, job.tenant, float(max(1, decision.uncached_tokens)),
             decision.decode.worker_id, 0, job.arrived_s, key if key in self.links else None,
-            decision.wire_bytes, decision.predicted.ttft_s, home is not None and home.least() is not None,
+            decision.wire_bytes, decision.predicted.ttft_s, decision.local_s,
         )  # fmt: skip
         if ticket.link is not None:
             self._budget(key, self.links[key])

@@ -7,6 +7,7 @@ those with the longest prefixes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -194,11 +195,15 @@ class Ways:
             way = self.links.get((holder.site, worker.site))
             if way is None or not way.usable:
                 return None
-            pull_s = way.rtt_s + way.backlog_s() + size / way.rate_bytes_per_s
+            pull_s = way.rtt_s + self.link_wait_s(way) + size / way.rate_bytes_per_s
         else:
             size = 0.0
         pull = Pull(holder.worker_id, holder.site, worker.site, tokens, size)
         return self._priced(worker, link, tokens, pull_s, pull)
+
+    def link_wait_s(self, link: LinkState) -> float:
+        """Return how long `link` keeps a prompt waiting beyond the prefill queue of its source."""
+        return link.wait_s(self.fleet.mean_queued_s(link.src))
 
     def arrival_s(
         self, worker: WorkerState, link: LinkState, start_s: float, computed_s: float, sent: float
@@ -206,16 +211,14 @@ class Ways:
         """Return when KV of `sent` bytes, computed from `start_s` to `computed_s`, is over the link.
 
         Chunks travel while the next is computed: after the last one only its own bytes are left. Or the link
-        is the slower one: busy with others first, then with all of this request's bytes.
+        is the slower one: busy with others first (for what they keep it waiting, but no longer than until
+        all that is under way is over), then with all of this request's bytes.
         """
         transfer_s = sent / link.rate_bytes_per_s
         chunks = worker.chunk_tokens / self.request.total_tokens
         ready_s = computed_s + (transfer_s * chunks if chunks < 1.0 else transfer_s)
-        under_way = (
-            link.committed_bytes if link.committed_bytes > link.in_flight_bytes else link.in_flight_bytes
-        )
-        backlog_s = under_way / link.rate_bytes_per_s
-        linked_s = (backlog_s if backlog_s > start_s else start_s) + transfer_s
+        free_s = min(link.backlog_s(), start_s + self.link_wait_s(link))
+        linked_s = (free_s if free_s > start_s else start_s) + transfer_s
         return (ready_s if ready_s > linked_s else linked_s) + link.rtt_s
 
     def _priced(
@@ -246,6 +249,18 @@ class Ways:
         worker = self.affine(self.request.home)
         return self.request.total_tokens - (self.matched(worker) if worker is not None else 0)
 
+    def local_s(self) -> float:
+        """Return the predicted time to first token at home, with its longest prefix or its least queue."""
+        home = self.request.home
+        return min(
+            (
+                worker.wait_s(self.now_s) + self.prefill_s(worker, self.matched(worker))
+                for worker in (self.least(home), self.affine(home))
+                if worker is not None
+            ),
+            default=math.inf,
+        )
+
     def decided(
         self,
         option: Option | None,
@@ -261,8 +276,9 @@ class Ways:
                 "failed it",
                 reason="no_prefill_worker",
             )
+        local = option.worker.site == self.request.home
         return Decision(
-            kind=RouteKind.LOCAL if option.worker.site == self.request.home else RouteKind.REMOTE,
+            kind=RouteKind.LOCAL if local else RouteKind.REMOTE,
             reason=reason,
             prefill=option.worker,
             decode=self.decode,
@@ -273,5 +289,6 @@ class Ways:
             wire_bytes=option.wire_bytes,
             cost=option.cost,
             predicted=option.terms,
+            local_s=option.terms.ttft_s if local else self.local_s(),
             pull=option.pull,
         )

@@ -5,7 +5,7 @@ home prefills it, else a remote site does, with whatever that has cached itself.
 fleet that can move caches): the longest prefix of all sites counts against t, and if it lies in another site
 than the one that computes, it is fetched first. What the paper leaves open is settled here: exactly at t is
 home; only a cache on a worker that may be used counts; of several remote sites the one with the longest
-prefix, then the shortest link backlog, then the least work; a busy link raises t in proportion (times two at
+prefix, then the shortest wait for its link, then the least work; a busy link raises t in proportion (times two at
 `max_link_wait_s`), and from there on takes nothing; a side without a usable worker gives way to the other.
 """
 
@@ -24,8 +24,8 @@ def best_remote(ways: Ways) -> tuple[WorkerState, LinkState] | None:
         worker = ways.affine(site)
         if worker is None:
             continue
-        backlog_s = link.backlog_s()
-        key = (backlog_s >= ways.policy.max_link_wait_s, -ways.matched(worker), backlog_s, worker.load())
+        wait_s = ways.link_wait_s(link)
+        key = (wait_s >= ways.policy.max_link_wait_s, -ways.matched(worker), wait_s, worker.load())
         if best_key is None or key < best_key:
             best, best_key = (worker, link), key
     return best
@@ -42,7 +42,7 @@ def decide(ways: Ways) -> Decision:
         reason = Reason.WITHIN_THRESHOLD if local_uncached <= threshold else Reason.REMOTE_UNAVAILABLE
         return ways.decided(option, reason, local_uncached=local_uncached)
     worker, link = remote
-    busy = min(1.0, link.backlog_s() / policy.max_link_wait_s)
+    busy = min(1.0, ways.link_wait_s(link) / policy.max_link_wait_s)
     threshold = int(threshold * (1.0 + busy))
     if home is None:
         reason = Reason.LOCAL_UNAVAILABLE if local_uncached <= threshold else Reason.ABOVE_THRESHOLD

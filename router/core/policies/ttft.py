@@ -24,10 +24,10 @@ from router.core.policies.options import HOLDERS, Option, Ways
 from router.core.profile import ModelProfile
 from router.core.workers import Pool, WorkerState
 
-#: A link's backlog in seconds, a site, and the link from there to the home site (None for that itself).
+#: Seconds of Ways.link_wait_s, a site, and the link from there to the home site (None for that itself).
 _Place = tuple[float, SiteId, LinkState | None]
-#: A link and seconds: its backlog; for one prompt transfer, that of the last chunk, round trip with price.
-_Path = tuple[LinkState | None, float, float, float, float]
+#: A link and seconds: its wait, its backlog; of one prompt transfer, last chunk, round trip with price.
+_Path = tuple[LinkState | None, float, float, float, float, float]
 #: Prefill seconds by cached tokens.
 _Seconds = Callable[[int], float]
 
@@ -69,11 +69,11 @@ def decide(ways: Ways) -> Decision:
     for site in sorted(ways.fleet.prefill):
         link = links.get((site, to))
         if link is not None and site != to:
-            backlog_s = link.backlog_s()
-            if backlog_s < policy.max_link_wait_s:
-                free.append((backlog_s, site, link))
-            elif backlog_s < math.inf:
-                busy.append((backlog_s, site, link))
+            wait_s = ways.link_wait_s(link)
+            if wait_s < policy.max_link_wait_s:
+                free.append((wait_s, site, link))
+            elif wait_s < math.inf:
+                busy.append((wait_s, site, link))
     _search(ways, free, longest, best)
     if best.worker is None and busy:  # nothing at home and no link with room: the least busy one
         _search(ways, [min(busy, key=lambda entry: entry[:2])], longest, best)
@@ -142,14 +142,15 @@ def _search(ways: Ways, places: Sequence[_Place], longest: _Longest | None, best
 
     All time is spent here, hence plain numbers and bounds. The score of a way (`_score`, by Ways.arrival_s):
 
-        max(start + prefill + tail, max(backlog, start) + transfer) + fixed + work_weight * prefill
+        max(start + prefill + tail, free + transfer) + fixed + work_weight * prefill
 
-    where `tail` is the transfer of the last chunk, and `fixed` the round trip and the price.
+    where `free` is when the link is, never before `start`, `tail` the transfer of the last chunk, and
+    `fixed` the round trip and the price.
     """
     total, excluded, pools = ways.request.total_tokens, ways.request.excluded, ways.fleet.prefill
     cost_weight_s, work = ways.policy.cost_weight_s, 1.0 + ways.policy.work_weight
     profile: ModelProfile | str | None = "none yet"
-    for backlog_s, site, link in places:
+    for link_s, site, link in places:
         if (pool := pools.get(site)) is None:
             continue
         for least in pool.leasts(excluded):
@@ -157,16 +158,17 @@ def _search(ways: Ways, places: Sequence[_Place], longest: _Longest | None, best
                 profile = least.profile
                 prefill_of, sent = ways.prefill_of(profile), ways.wire_bytes(profile or least.kv)
                 least_s = prefill_of(ways.longest_tokens) * work
-            transfer_s = tail_s = fixed_s = 0.0
+            transfer_s = tail_s = fixed_s = backlog_s = 0.0
             if link is not None:
+                backlog_s = link.backlog_s()
                 transfer_s = sent / link.rate_bytes_per_s
                 chunk = least.chunk_tokens
                 tail_s = transfer_s * chunk / total if chunk < total else transfer_s
                 fixed_s = link.rtt_s + cost_weight_s * link.price_per_gb * 1e-9 * sent
             added_s = tail_s + fixed_s
-            if least_s + added_s >= best.score or backlog_s + transfer_s + fixed_s >= best.score:
+            if least_s + added_s >= best.score or link_s + transfer_s + fixed_s >= best.score:
                 continue  # not even with the longest prefix of all and no queue
-            path = (link, backlog_s, transfer_s, tail_s, fixed_s)
+            path = (link, link_s, backlog_s, transfer_s, tail_s, fixed_s)
             _try_holders(ways, pool, least, prefill_of, path, best)
             wait_s = least.wait_s(ways.now_s)
             if wait_s + least_s + added_s < best.score:
@@ -179,7 +181,7 @@ def _try_holders(
     """Improve `best` by those of a kind (that of `least`) that hold something, with what they hold."""
     usable, excluded, now_s = ways.match.usable, ways.request.excluded, ways.now_s
     cap, weight = ways.request.total_tokens - 1, ways.policy.work_weight
-    link, _, _, tail_s, fixed_s = path
+    link, _, _, _, tail_s, fixed_s = path
     members, uniform, work, added_s = pool.members, pool.uniform, 1.0 + weight, tail_s + fixed_s
     shortest_s, left = math.inf, HOLDERS
     for worker_id in ways.match.by_site.get(least.site, ()):
@@ -231,9 +233,12 @@ def _try_least(
 
 def _over(start_s: float, prefill_s: float, path: _Path) -> float:
     """Return Ways.arrival_s, and the price in seconds; at home all of the path is 0."""
-    _, backlog_s, transfer_s, tail_s, fixed_s = path
+    _, link_s, backlog_s, transfer_s, tail_s, fixed_s = path
     ready_s = start_s + prefill_s + tail_s
-    linked_s = (backlog_s if backlog_s > start_s else start_s) + transfer_s
+    free_s = start_s + link_s
+    if free_s > backlog_s:
+        free_s = backlog_s if backlog_s > start_s else start_s
+    linked_s = free_s + transfer_s
     return (ready_s if ready_s > linked_s else linked_s) + fixed_s
 
 
@@ -245,5 +250,5 @@ def _pull(ways: Ways, longest: _Longest, site: SiteId) -> tuple[float, float]:
     way = ways.links.get((source, site))
     if way is None or not way.usable:
         return math.inf, 0.0
-    pull_s = way.rtt_s + way.backlog_s() + longest.wire_bytes / way.rate_bytes_per_s
+    pull_s = way.rtt_s + ways.link_wait_s(way) + longest.wire_bytes / way.rate_bytes_per_s
     return pull_s, ways.policy.cost_weight_s * way.price(longest.wire_bytes)

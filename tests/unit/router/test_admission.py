@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 
 import pytest
@@ -73,12 +74,26 @@ def test_time_running_out_sends_it_home() -> None:
     """At its due time less its service time the link is given up for the local route."""
     q = queue()
     q.offer(ticket("a", link_bytes=10.0), 0.0)
-    q.offer(ticket("b", service_s=4.0), 0.0)
-    q.offer(ticket("far", service_s=4.0, local_ok=False), 0.0)
+    q.offer(ticket("b", service_s=4.0, local_s=5.0), 0.0)
+    q.offer(ticket("far", service_s=4.0), 0.0)
     assert q.poll(5.9) == []
     assert names(q.poll(6.0), Outcome.LOCAL) == ["b"]
     (late,) = q.poll(60.0)
     assert (late.ticket.ticket_id, late.outcome, late.reason) == ("far", Outcome.REJECT, "waited_too_long")
+
+
+def test_a_link_with_room_takes_what_will_be_late_anyway() -> None:
+    """Predicted past its objective on arrival: home is for those that lack the link."""
+    assert names(queue().offer(ticket("a", service_s=40.0, local_s=50.0), 0.0)) == ["a"]
+
+
+def test_nobody_goes_home_to_wait_longer() -> None:
+    """Late either way (due at 10): the link is waited for until home would have been as fast."""
+    q = queue()
+    q.offer(ticket("a", link_bytes=10.0), 0.0)
+    q.offer(ticket("b", service_s=12.0, local_s=20.0), 0.0)
+    assert q.poll(7.9) == []
+    assert names(q.poll(8.0), Outcome.LOCAL) == ["b"]
 
 
 def test_retry_after_is_the_time_that_the_link_needs() -> None:
@@ -185,7 +200,7 @@ class Machine(RuleBasedStateMachine):
                 assert 1.0 <= result.retry_after_s <= MAX_RETRY_S
                 continue
             local = result.outcome is Outcome.LOCAL or result.ticket.link is None
-            assert not (result.outcome is Outcome.LOCAL and not result.ticket.local_ok)
+            assert not (result.outcome is Outcome.LOCAL and result.ticket.local_s == math.inf)
             self.held[name] = (result.ticket, local)
             if not local:
                 budget = self.q.links[result.ticket.link]
@@ -212,7 +227,7 @@ class Machine(RuleBasedStateMachine):
         link=st.sampled_from([None, "l", "m"]),
         size=st.sampled_from([0.0, 3.0, 10.0, 25.0]),
         service=st.floats(0, 3),
-        local_ok=st.booleans(),
+        local=st.sampled_from([0.0, 2.0, math.inf]),
     )
     def offer(
         self,
@@ -224,10 +239,10 @@ class Machine(RuleBasedStateMachine):
         link: Hashable | None,
         size: float,
         service: float,
-        local_ok: bool,
+        local: float,
     ) -> None:
         self.count += 1
-        t = Ticket(str(self.count), cls, tenant, cost, decode, pages, self.now, link, size, service, local_ok)
+        t = Ticket(str(self.count), cls, tenant, cost, decode, pages, self.now, link, size, service, local)
         self._take(self.q.offer(t, self.now), self.twin.offer(t, self.now))
 
     @rule(seconds=st.sampled_from([0.0, 0.5, 5.0, 40.0]))

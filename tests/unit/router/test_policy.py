@@ -123,6 +123,15 @@ def test_a_busy_link_raises_the_threshold_and_then_takes_nothing() -> None:
     assert route(9000, links=full).reason is Reason.LINK_BUSY
 
 
+def test_prompts_that_wait_for_their_prefill_do_not_make_a_link_busy() -> None:
+    """Four seconds of bytes behind an hour of prefill are no wait; four already granted are."""
+    fleet = Fleet([prefill("a0", queued_s=3600.0, jobs=9), prefill("b0", B), decode()])
+    link = LinkState(A, B, 1e9, committed_bytes=4e9)
+    assert route(9000, fleet=fleet, links=mesh(link)).kind is RouteKind.REMOTE
+    link.in_flight_bytes = 4e9
+    assert route(9000, fleet=fleet, links=mesh(link)).reason is Reason.LINK_BUSY
+
+
 def test_of_several_sites_the_one_with_the_longest_prefix_and_room() -> None:
     """The longer prefix wins, but not over a link that takes nothing more."""
     fleet = Fleet([prefill("a0"), prefill("c0", C), prefill("b0", B), decode()])
@@ -172,6 +181,17 @@ def test_chunks_travel_while_the_next_is_computed() -> None:
     fleet = Fleet([prefill("a0", profile=FAST, chunk_tokens=1000), prefill("b0", B, profile=SLOW), decode()])
     found = route(8000, fleet=fleet, policy=TTFT, links=mesh(LinkState(A, B, 2e7)))
     assert found.predicted.ttft_s == pytest.approx(0.8 + 0.4 / 8)
+
+
+def test_the_link_is_waited_for_beyond_the_queue_of_its_source() -> None:
+    """8 s of bytes committed, 2 s of queue: an idle worker's prompt waits 6 s for the link, then 0.4 s."""
+    idle, busy = prefill("a0", profile=FAST), prefill("a1", profile=FAST, queued_s=4.0, jobs=4)
+    fleet = Fleet([idle, busy, prefill("b0", B, profile=SLOW, queued_s=99.0, jobs=1), decode()])
+    links = mesh(LinkState(A, B, 2e7, committed_bytes=16e7))
+    patient = Policy(PolicyName.TTFT, max_link_wait_s=60.0)
+    found = route(8000, fleet=fleet, policy=patient, links=links)
+    assert (found.prefill, found.predicted.ttft_s) == (idle, pytest.approx(6.4))
+    assert found.local_s == pytest.approx(99.0 + 8.0)
 
 
 def test_bytes_are_known_from_the_pools_without_a_profile() -> None:
