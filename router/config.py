@@ -53,7 +53,8 @@ class PolicyConfig(_Strict, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     max_link_wait_s: float = 2.0
     margin_ratio: float = 0.05
     margin_s: float = 0.01
-    work_weight: float = 0.0
+    recompute_weight: float = 4.0
+    crowd_weight: float = 0.3
     cost_weight_s: float = 0.0
     balance_abs: int = 8
     balance_rel: float = 1.5
@@ -258,7 +259,8 @@ def _check_values(config: RouterConfig) -> None:
         raise ConfigError(f"policy.threshold_tokens: {config.policy.threshold_tokens} is below 0")
     _in_range("policy.max_link_wait_s", config.policy.max_link_wait_s, 1e-3, 3600)
     _in_range("policy.margin_ratio", config.policy.margin_ratio, 0, 1)
-    for name in ("margin_s", "work_weight", "cost_weight_s", "balance_abs", "balance_rel"):
+    weights = ("recompute_weight", "crowd_weight", "cost_weight_s")
+    for name in ("margin_s", *weights, "balance_abs", "balance_rel"):
         _in_range(f"policy.{name}", getattr(config.policy, name), 0, 1e6)
     _in_range("admission.waiting", config.admission.waiting, 1, 1 << 20)
     _in_range("admission.waiting_per_tenant", config.admission.waiting_per_tenant, 1, 1 << 20)

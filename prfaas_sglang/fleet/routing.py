@@ -41,7 +41,8 @@ class Routing(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     max_link_wait_s: float | None = None
     margin_ratio: float | None = None
     margin_s: float | None = None
-    work_weight: float | None = None
+    recompute_weight: float | None = None
+    crowd_weight: float | None = None
     cost_weight_s: float | None = None
     balance_abs: int | None = None
     balance_rel: float | None = None
@@ -105,7 +106,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "routing.max_link_wait_s": (1e-3, 3600),
     "routing.margin_ratio": (0, 1),
     "routing.margin_s": (0, 1e6),
-    "routing.work_weight": (0, 1e6),
+    "routing.recompute_weight": (0, 1e6),
+    "routing.crowd_weight": (0, 1e6),
     "routing.cost_weight_s": (0, 1e6),
     "routing.balance_abs": (0, 1e6),
     "routing.balance_rel": (0, 1e6),

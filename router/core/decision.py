@@ -76,7 +76,10 @@ class Policy:
             another way.
         margin_ratio, margin_s: `ttft`: another site must be faster than home by both of these, and another
             worker than the session's last one.
-        work_weight: `ttft`: seconds charged per second of prefill besides its own delay: others wait for it.
+        recompute_weight: `ttft`: seconds charged per second of prefill that the longest prefix cached
+            anywhere would have saved.
+        crowd_weight: `ttft`: seconds charged per second of prefill and second that it waits in a queue: as
+            long as there is one, others will wait for it.
         cost_weight_s: `ttft`: seconds charged per unit of money.
         can_pull: a worker can fetch a cached prefix from another site (cross-cluster cache transfer).
         held_by_decode: the prefix that a decode worker holds does not travel again.
@@ -88,7 +91,8 @@ class Policy:
     max_link_wait_s: float = 2.0
     margin_ratio: float = 0.05
     margin_s: float = 0.01
-    work_weight: float = 0.0
+    recompute_weight: float = 4.0
+    crowd_weight: float = 0.3
     cost_weight_s: float = 0.0
     can_pull: bool = False
     held_by_decode: bool = False

@@ -75,6 +75,7 @@ class Simulation:
         self.states = {key: link.state for key, link in self.links.items()}
         self.queue = AdmissionQueue() if scenario.admission else None
         self._waiting: dict[str, tuple[Job, Decision]] = {}
+        self._sessions: dict[str, WorkerId] = {}
         self._polling = False
         homes = [SiteId(h) for h in scenario.workload.homes] or [
             s for s in self.profiles if s in self.fleet.decode
@@ -169,7 +170,7 @@ class Simulation:
     def _request(self, job: Job) -> Request:
         return Request(
             str(job.number), job.total_tokens, job.home, job.output_tokens, job.request_class, job.tenant,
-            session=job.session, excluded=job.excluded,
+            session=job.session, previous=self._sessions.get(job.session), excluded=job.excluded,
         )  # fmt: skip
 
     def _decide(self, job: Job, policy: Policy) -> Decision:
@@ -230,6 +231,8 @@ class Simulation:
 
     def _dispatch(self, job: Job, decision: Decision) -> None:
         job.decided = decision
+        if job.session:
+            self._sessions[job.session] = decision.prefill.worker_id
         now_s, fleet = self.clock.now_s, self.fleet
         fleet.give_prefill(decision.prefill, decision.uncached_tokens, decision.predicted.prefill_s, now_s)
         tokens = job.total_tokens + job.output_tokens

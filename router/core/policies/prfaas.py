@@ -5,8 +5,9 @@ home prefills it, else a remote site does, with whatever that has cached itself.
 fleet that can move caches): the longest prefix of all sites counts against t, and if it lies in another site
 than the one that computes, it is fetched first. What the paper leaves open is settled here: exactly at t is
 home; only a cache on a worker that may be used counts; of several remote sites the one with the longest
-prefix, then the shortest wait for its link, then the least work; a busy link raises t in proportion (times two at
-`max_link_wait_s`), and from there on takes nothing; a side without a usable worker gives way to the other.
+prefix, then the shortest wait for its link, then the least work; a busy link raises t in proportion (times
+two at `max_link_wait_s`), and from there on takes nothing; a side without a usable worker gives way to the
+other.
 """
 
 from __future__ import annotations

@@ -2,8 +2,11 @@
 
 For home and for every remote site whose link has room: its least loaded worker and those with the longest
 prefixes, each with the cache it has, and, where the fleet can move caches, its least loaded worker after it
-fetched the longest prefix of anybody. The score of a way is its predicted TTFT, plus `work_weight` x its
-prefill seconds (others wait for them), plus `cost_weight_s` x its price. Home keeps the request unless
+fetched the longest prefix of anybody. The score of a way is its predicted TTFT, plus what it costs others:
+`recompute_weight` x the prefill seconds that the longest prefix of anybody would have saved there,
+`crowd_weight` x its prefill seconds x its wait (the longer a queue, the more of those who come will stand
+behind this prompt; so long prompts go where they are fast, and short ones leave that place to them), and
+`cost_weight_s` x its price. Home keeps the request unless
 another way is better by the margins, and so does the worker of the session's last request: near-ties do not
 bounce.
 
@@ -104,7 +107,9 @@ def _better(ways: Ways, found: float, than: float) -> bool:
 
 def _score(ways: Ways, option: Option) -> float:
     policy, terms = ways.policy, option.terms
-    return terms.ttft_s + policy.work_weight * terms.prefill_s + policy.cost_weight_s * option.cost
+    again_s = terms.prefill_s - ways.prefill_s(option.worker, ways.longest_tokens)
+    others_s = policy.recompute_weight * again_s + policy.crowd_weight * terms.wait_s * terms.prefill_s
+    return terms.ttft_s + others_s + policy.cost_weight_s * option.cost
 
 
 def _sticky(ways: Ways, option: Option, found: float) -> Option:
@@ -142,13 +147,13 @@ def _search(ways: Ways, places: Sequence[_Place], longest: _Longest | None, best
 
     All time is spent here, hence plain numbers and bounds. The score of a way (`_score`, by Ways.arrival_s):
 
-        max(start + prefill + tail, free + transfer) + fixed + work_weight * prefill
+        max(start + prefill + tail, free + transfer) + fixed + (recompute + crowd * wait) * prefill
 
     where `free` is when the link is, never before `start`, `tail` the transfer of the last chunk, and
-    `fixed` the round trip and the price.
+    `fixed` the round trip and the price, less `recompute` times the prefill with the longest prefix of all.
     """
     total, excluded, pools = ways.request.total_tokens, ways.request.excluded, ways.fleet.prefill
-    cost_weight_s, work = ways.policy.cost_weight_s, 1.0 + ways.policy.work_weight
+    cost_weight_s, recompute = ways.policy.cost_weight_s, ways.policy.recompute_weight
     profile: ModelProfile | str | None = "none yet"
     for link_s, site, link in places:
         if (pool := pools.get(site)) is None:
@@ -157,7 +162,7 @@ def _search(ways: Ways, places: Sequence[_Place], longest: _Longest | None, best
             if least.profile is not profile:
                 profile = least.profile
                 prefill_of, sent = ways.prefill_of(profile), ways.wire_bytes(profile or least.kv)
-                least_s = prefill_of(ways.longest_tokens) * work
+                least_s = prefill_of(ways.longest_tokens)
             transfer_s = tail_s = fixed_s = backlog_s = 0.0
             if link is not None:
                 backlog_s = link.backlog_s()
@@ -168,7 +173,7 @@ def _search(ways: Ways, places: Sequence[_Place], longest: _Longest | None, best
             added_s = tail_s + fixed_s
             if least_s + added_s >= best.score or link_s + transfer_s + fixed_s >= best.score:
                 continue  # not even with the longest prefix of all and no queue
-            path = (link, link_s, backlog_s, transfer_s, tail_s, fixed_s)
+            path = (link, link_s, backlog_s, transfer_s, tail_s, fixed_s - recompute * least_s)
             _try_holders(ways, pool, least, prefill_of, path, best)
             wait_s = least.wait_s(ways.now_s)
             if wait_s + least_s + added_s < best.score:
@@ -180,9 +185,10 @@ def _try_holders(
 ) -> None:
     """Improve `best` by those of a kind (that of `least`) that hold something, with what they hold."""
     usable, excluded, now_s = ways.match.usable, ways.request.excluded, ways.now_s
-    cap, weight = ways.request.total_tokens - 1, ways.policy.work_weight
+    cap = ways.request.total_tokens - 1
+    recompute, crowd = ways.policy.recompute_weight, ways.policy.crowd_weight
     link, _, _, _, tail_s, fixed_s = path
-    members, uniform, work, added_s = pool.members, pool.uniform, 1.0 + weight, tail_s + fixed_s
+    members, uniform, work, added_s = pool.members, pool.uniform, 1.0 + recompute, tail_s + fixed_s
     shortest_s, left = math.inf, HOLDERS
     for worker_id in ways.match.by_site.get(least.site, ()):
         matched = usable[worker_id]
@@ -199,7 +205,7 @@ def _try_holders(
         if wait_s < shortest_s:  # else one of its kind that holds more is free no later
             shortest_s = wait_s
             if wait_s < room_s:
-                score = _over(wait_s, prefill_s, path) + weight * prefill_s
+                score = _over(wait_s, prefill_s, path) + (recompute + crowd * wait_s) * prefill_s
                 if score < best.score:
                     best.take(score, worker, link, None)
         left -= 1
@@ -217,7 +223,7 @@ def _try_least(
     best: _Found,
 ) -> None:
     """Improve `best` by the least loaded of a kind, with what it holds or the longest prefix of all."""
-    weight = ways.policy.work_weight
+    weight = ways.policy.recompute_weight + ways.policy.crowd_weight * wait_s
     matched = ways.matched(least)
     prefill_s = prefill_of(matched)
     score = _over(wait_s, prefill_s, path) + weight * prefill_s

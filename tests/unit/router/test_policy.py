@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,7 @@ from router.core.workers import Fleet, Role, WorkerState
 
 A, B, C = SiteId("A"), SiteId("B"), SiteId("C")
 PRFAAS = Policy(PolicyName.PRFAAS, threshold_tokens=512)
-TTFT = Policy(PolicyName.TTFT)
+TTFT = Policy(PolicyName.TTFT, recompute_weight=0.0, crowd_weight=0.0)
 #: 1 ms a token and 1 kB a token, and ten times as fast.
 SLOW = ModelProfile("slow", KvShape(1000.0), Quadratic(0.0, 1e-3))
 FAST = ModelProfile("fast", KvShape(1000.0), Quadratic(0.0, 1e-4))
@@ -188,7 +189,7 @@ def test_the_link_is_waited_for_beyond_the_queue_of_its_source() -> None:
     idle, busy = prefill("a0", profile=FAST), prefill("a1", profile=FAST, queued_s=4.0, jobs=4)
     fleet = Fleet([idle, busy, prefill("b0", B, profile=SLOW, queued_s=99.0, jobs=1), decode()])
     links = mesh(LinkState(A, B, 2e7, committed_bytes=16e7))
-    patient = Policy(PolicyName.TTFT, max_link_wait_s=60.0)
+    patient = replace(TTFT, max_link_wait_s=60.0)
     found = route(8000, fleet=fleet, policy=patient, links=links)
     assert (found.prefill, found.predicted.ttft_s) == (idle, pytest.approx(6.4))
     assert found.local_s == pytest.approx(99.0 + 8.0)
@@ -236,11 +237,33 @@ def test_cache_is_weighed_against_the_queue() -> None:
         assert route(1000, held, fleet=fleet, policy=TTFT).prefill.worker_id == name
 
 
+def test_what_is_cached_is_not_lightly_computed_again() -> None:
+    """Charged twice more, 0.8 s of saved prefill are worth a wait of up to 2.4 s."""
+    policy = replace(TTFT, recompute_weight=2.0)
+    for queued_s, name in ((2.3, "b1"), (2.5, "b0")):
+        busy = prefill("b1", B, profile=SLOW, queued_s=queued_s, jobs=1)
+        fleet = Fleet([prefill("b0", B, profile=SLOW), busy, decode()])
+        assert route(1000, holder("b1", B, 800), fleet=fleet, policy=policy).prefill.worker_id == name
+        assert route(1000, fleet=fleet, policy=policy).prefill.worker_id == "b0"
+
+
+def test_in_a_crowd_the_long_prompt_gets_the_fast_place() -> None:
+    """4 s of queue at the fast chip, none at the slow one: 1,000 tokens stay off, 8,000 are worth it."""
+    fleet = Fleet([prefill("slow", B, profile=SLOW), prefill("fast", B, profile=FAST, queued_s=4.0, jobs=1)])
+    fleet.add(decode())
+    for crowd, fast in ((0.0, 8000), (0.5, 8000), (2.0, 48_000)):
+        policy = replace(TTFT, crowd_weight=crowd)
+        assert route(1000, fleet=fleet, policy=policy).prefill.worker_id == "slow"
+        assert route(fast, fleet=fleet, policy=policy).prefill.worker_id == "fast"
+    # 8,000 tokens: 8 s at the slow one; 4 + 0.8 at the fast one, and 2 x 4 x 0.8 for those behind
+    assert route(8000, fleet=fleet, policy=replace(TTFT, crowd_weight=2.0)).prefill.worker_id == "slow"
+
+
 def test_egress_can_be_made_to_count() -> None:
     """A dollar per GB and a thousand seconds per dollar: 8 MB cost 8 s, more than home loses."""
     links = mesh(LinkState(A, B, 1e7, price_per_gb=1.0))
     assert route(8000, fleet=chips(), policy=TTFT, links=links).cost == pytest.approx(0.008)
-    dear = Policy(PolicyName.TTFT, cost_weight_s=1000.0)
+    dear = replace(TTFT, cost_weight_s=1000.0)
     assert route(8000, fleet=chips(), policy=dear, links=links).kind is RouteKind.LOCAL
 
 
@@ -344,7 +367,8 @@ POLICIES = st.builds(
     st.sampled_from(PolicyName),
     st.integers(0, 1200),
     max_link_wait_s=st.sampled_from([0.5, 2.0]),
-    work_weight=st.sampled_from([0.0, 0.5]),
+    recompute_weight=st.sampled_from([0.0, 0.5]),
+    crowd_weight=st.sampled_from([0.0, 2.0]),
     cost_weight_s=st.sampled_from([0.0, 100.0]),
     can_pull=st.booleans(),
 )
@@ -408,7 +432,7 @@ def test_every_rule_keeps_the_contract(
     if policy.name is not PolicyName.ROUND_ROBIN:
         assert decide(workers[::-1]).prefill.worker_id == found.prefill.worker_id
     if policy.name is PolicyName.TTFT:
-        _check_least(found, total, match, [w for w in workers if usable(w)], links, policy)
+        _check_least(found, total, match, [w for w in workers if usable(w)], workers, links, policy)
 
 
 def _check_least(
@@ -416,16 +440,26 @@ def _check_least(
     total: int,
     match: Match,
     usable: list[WorkerState],
+    everyone: list[WorkerState],
     links: dict[tuple[SiteId, SiteId], LinkState],
     policy: Policy,
 ) -> None:
     """Brute force over the ways without a pull: none that may be taken is better by the margins."""
 
-    def score(ttft_s: float, prefill_s: float, cost: float) -> float:
-        return ttft_s + policy.work_weight * prefill_s + policy.cost_weight_s * cost
+    longest = min(match.longest_tokens, total - 1)
+
+    def score(worker: WorkerState, ttft_s: float, prefill_s: float, cost: float) -> float:
+        assert worker.profile is not None
+        again_s = prefill_s - worker.profile.prefill_s(total - longest, longest)
+        others_s = policy.recompute_weight * again_s + policy.crowd_weight * worker.queued_s * prefill_s
+        return ttft_s + others_s + policy.cost_weight_s * cost
+
+    def queued_s(site: SiteId) -> float:
+        members = [w.queued_s for w in everyone if w.site == site]
+        return sum(members) / len(members)
 
     terms = found.predicted
-    chosen = score(terms.ttft_s, terms.prefill_s, found.cost)
+    chosen = score(found.prefill, terms.ttft_s, terms.prefill_s, found.cost)
     for worker in usable:
         matched = min(match.usable_tokens(worker.worker_id), total - 1)
         assert worker.profile is not None
@@ -433,13 +467,16 @@ def _check_least(
         done_s, cost = worker.queued_s + prefill_s, 0.0
         if worker.site != B:
             link = links[worker.site, B]
-            if link.backlog_s() >= policy.max_link_wait_s:
+            backlog_s = link.committed_bytes / link.rate_bytes_per_s
+            wait_s = max(0.0, backlog_s - queued_s(worker.site))
+            if wait_s >= policy.max_link_wait_s:
                 continue
             size = worker.profile.kv_bytes(total)
             sent_s = size / link.rate_bytes_per_s
             last_s = done_s + sent_s * min(1.0, worker.chunk_tokens / total)
-            done_s = max(last_s, max(worker.queued_s, link.backlog_s()) + sent_s) + link.rtt_s
+            free_s = max(worker.queued_s, min(backlog_s, worker.queued_s + wait_s))
+            done_s = max(last_s, free_s + sent_s) + link.rtt_s
             cost = link.price(size)
-        other = score(done_s, prefill_s, cost)
+        other = score(worker, done_s, prefill_s, cost)
         margin = max(policy.margin_s, policy.margin_ratio * chosen)
         assert other + margin >= chosen - 1e-9
