@@ -7,7 +7,7 @@ curve is fitted: prefill on H20, which the paper does not print (router/core/pro
 from __future__ import annotations
 
 from benchmarks.harness import run
-from benchmarks.paper import claims, tables
+from benchmarks.paper import claims, simulated, tables
 
 if __name__ == "__main__":
     run(
@@ -17,6 +17,7 @@ if __name__ == "__main__":
             "egress": tables.egress,
             "table5": tables.tables_5,
             "table6": tables.tables_6,
+            "simulated": simulated.tables_6,
             "figure5": tables.figures_5,
             "cost": tables.costs,
             "bandwidth": tables.bandwidth,
