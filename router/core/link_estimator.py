@@ -171,7 +171,7 @@ class LinkEstimator:
         link.up = self.state is not State.DOWN
         link.rate_bytes_per_s = min(self.estimate_bytes_per_s, link.ceiling_bytes_per_s)
         used = link.goodput_bytes_per_s / link.rate_bytes_per_s
-        if self.state is not State.CLEAR or used > SCARCE or link.backlog_s() > 1.0:
+        if self.state is not State.CLEAR or used > SCARCE or link.in_flight_bytes > link.rate_bytes_per_s:
             link.abundant = False
         elif used < ABUNDANT:
             link.abundant = True
