@@ -165,7 +165,7 @@ class LinkPoller:
             body = await _get(session, worker, "/links")
             self._table.take(worker.worker_id, worker.site, body, loop.time())
             if worker.worker_id not in self._laid_out:
-                self._set_kv(worker.worker_id, kv_shape(parse(await _get(session, worker, "/layout"))))
+                await self._ask_layout(session, worker)
                 self._laid_out.add(worker.worker_id)
             self._silent.discard(worker.worker_id)
         except _FAILURES as error:
@@ -175,6 +175,17 @@ class LinkPoller:
                 logs.event(
                     _log, "telemetry_silent", logging.WARNING, worker_id=worker.worker_id, error=str(error)
                 )
+
+    async def _ask_layout(self, session: aiohttp.ClientSession, worker: WorkerConfig) -> None:
+        """Take what a worker says of its pools; one that knows no such question just has not said it."""
+        try:
+            layout = await _get(session, worker, "/layout")
+        except aiohttp.ClientResponseError as error:
+            if error.status != 404:
+                raise
+            logs.event(_log, "layout_unknown", worker_id=worker.worker_id)
+            return
+        self._set_kv(worker.worker_id, kv_shape(parse(layout)))
 
 
 async def _get(session: aiohttp.ClientSession, worker: WorkerConfig, path: str) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from contextlib import suppress
 from typing import Any
 
@@ -67,20 +68,25 @@ def test_garbage_is_refused_or_ignored(data: bytes) -> None:
         LinkTable().take("a0", "A", data, 0.0)
 
 
-def test_the_poller_asks_a_real_worker_and_survives_a_silent_one() -> None:
+def test_the_poller_asks_a_real_worker_and_survives_a_silent_one(caplog: pytest.LogCaptureFixture) -> None:
     """A transfer worker's own endpoint is read, its pools too; nobody at the other address."""
+    caplog.set_level(logging.INFO)
     source = Telemetry("A")
     source.sampled("B", "bundle", LinkSample(0.05, 0.04, 7e6, None, 10, 1, 3, 50))
     component = {"kind": "kv", "row_bytes": [4096, 4096]}
     layout = {"engine": "e", "model": "m", "page_size": 64, "kv_dtype": "bf16", "tp_size": 2}
     pools = {"layout": {**layout, "components": [component]}, "fingerprint": "f"}
     server = telemetry.serve(source, "127.0.0.1", 0, pools)
+    other = Telemetry("A")
+    other.sampled("C", "bundle", LinkSample(0.05, 0.04, 1e6, None, 10, 1, 0, 0))
+    terse = telemetry.serve(other, "127.0.0.1", 0, None)  # 404 for /layout, as workers without pools say
     workers = [
         WorkerConfig(worker_id=name, site="A", role="prefill", url="http://x", telemetry_url=url)
         for name, url in (
             ("a0", f"http://127.0.0.1:{server.server_address[1]}"),
             ("a1", "http://127.0.0.1:1"),
             ("a2", ""),
+            ("a3", f"http://127.0.0.1:{terse.server_address[1]}"),
         )
     ]
 
@@ -91,14 +97,17 @@ def test_the_poller_asks_a_real_worker_and_survives_a_silent_one() -> None:
         poller.start()
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(10):
-            while not (links := table.links(loop.time())) or not shapes:
+            while len(links := table.links(loop.time())) < 2 or not shapes or len(caplog.records) < 2:
                 await asyncio.sleep(0.01)
         await poller.stop()
+        told = [record.getMessage() for record in caplog.records]
+        assert sorted(told) == ["layout_unknown", "telemetry_silent"]
         assert (list(shapes), shapes["a0"].bytes_per_token) == (["a0"], 2 * 8192 / 64)
         assert (links[0].goodput_bytes_per_s, links[0].open_transfers) == (7e6, 3)
 
     try:
         asyncio.run(run())
     finally:
-        server.shutdown()
-        server.server_close()
+        for each in (server, terse):
+            each.shutdown()
+            each.server_close()
