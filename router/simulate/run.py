@@ -300,7 +300,7 @@ class Simulation:
         )
         link = self._link_of(job)
         if link is None:
-            self._at_home(job)
+            self._after(self.scenario.request_s, job)
             return
         rest = job.wire_bytes if job.flow is None else job.flow[2]
         under_way = None if job.flow is None else job.flow[1]
@@ -319,7 +319,13 @@ class Simulation:
         link.state.committed_bytes = max(0.0, link.state.committed_bytes - job.wire_bytes)
         if self.queue is not None:
             self._settle(self.queue.delivered(f"{job.number}/{job.attempt}", self.clock.now_s))
-        self.clock.at(self.clock.now_s + link.delay_s(), self._at_home, job)
+        self._after(link.delay_s() + self.scenario.request_s, job)
+
+    def _after(self, seconds: float, job: Job) -> None:
+        if seconds:
+            self.clock.at(self.clock.now_s + seconds, self._at_home, job)
+        else:
+            self._at_home(job)
 
     def _timed_out(self, what: Any) -> None:
         job, flow = what

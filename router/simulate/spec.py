@@ -153,6 +153,7 @@ class Scenario(Spec, frozen=True):
         admission: requests pass the router's admission queue; `link_horizon_s` of a link may be under way.
         slo_ttft_s: what counts as good.
         transfer_timeout_s: a transfer that takes longer is given up; the request is prefilled at home.
+        request_s: what every request takes beside queues, prefill and link: HTTP, tokenising, scheduling.
     """
 
     sites: tuple[SiteSpec, ...]
@@ -166,6 +167,7 @@ class Scenario(Spec, frozen=True):
     link_horizon_s: Positive = 4.0
     slo_ttft_s: Positive = 10.0
     transfer_timeout_s: Positive = 60.0
+    request_s: NotNegative = 0.0
     seed: int = 0
 
 

@@ -1,0 +1,188 @@
+"""The simulator of `prfaas simulate` against a real fleet of SGLang workers on CPU: the same arrivals.
+
+Site A prefills; site B prefills and decodes; between them the emulated 40 ms link. What the simulator is told
+was measured on the idle fleet first (the parameters are rows of their own). First tokens wait for the KV in
+both (`early_first_token: false`). Ours is the simulator, the peer the fleet: the ratio is the error.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import Measure, Row, run
+from benchmarks.sim_fleet import load, measure, predict
+from benchmarks.sim_fleet.fleet import CACHE_TOKENS, CHUNK, PAGE, STATES, SimFleet
+from benchmarks.sim_fleet.load import Mix, Seen
+from benchmarks.sim_fleet.predict import Engine, Figures, Measured
+from benchmarks.transfer.ends import link
+from tests.wan.link import missing
+
+#: Of the mean TTFT.
+BAR = 0.20
+ENGINE = Engine(PAGE, CHUNK, CACHE_TOKENS, STATES)
+LENGTHS = (64, 256, 512, 768, 1024, 1536, 2048, 2560, 3072, 3584)
+MIX = Mix(1200, 0.6, 64, 3500, 16)
+UNITS = {"mean_s": "s", "p50_s": "s", "p90_s": "s", "requests_per_s": "1/s", "tokens_per_s": "1/s"}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One load on one link.
+
+    Attributes:
+        load: share of what the prefill workers do when each has the machine to itself.
+        policy: of router and simulator; a threshold of -1 is the median length.
+    """
+
+    name: str
+    policy: dict[str, Any]
+    load: float
+    rate_bps: float = 1e8
+    mix: Mix = MIX
+    requests: int = 150
+    seeds: tuple[int, ...] = (1, 2, 3)
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("prfaas", {"name": "prfaas", "threshold_tokens": 1200}, 0.4),
+        Case("ttft", {"name": "ttft"}, 0.4),
+        Case("light", {"name": "prfaas", "threshold_tokens": 1200}, 0.2),
+        Case("gigabit", {"name": "prfaas", "threshold_tokens": 1200}, 0.4, 1e9),
+    )
+}
+
+
+def _case(case: Case) -> Measure:
+    return lambda smoke: _measure(case, smoke)
+
+
+def _measure(case: Case, smoke: bool) -> list[Row]:
+    why = missing()
+    if why is not None:
+        return [Row(f"{case.name}: mean TTFT", "s", None, None, f"did not run: {why}", kind="simulated")]
+    lengths, repeats = (LENGTHS[::3], 1) if smoke else (LENGTHS, 4)
+    queue_bytes = max(5e5, case.rate_bps * 0.040 / 8)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        link(rate_bps=case.rate_bps, queue_bytes=queue_bytes) as wan,
+        SimFleet(wan, Path(folder)) as fleet,
+    ):
+        told = measure.parameters(fleet, lengths, repeats)
+        rows = _parameters(case, told)
+        seeds, count = (case.seeds[:1], 6) if smoke else (case.seeds, case.requests)
+        found: list[tuple[Figures, Figures, Figures]] = []
+        notes = []
+        with fleet.routed(case.policy, measure.by_worker(told), told.rate_bytes_per_s / 1.25e8) as url:
+            load.one_by_one(url, lengths, 2, 0)  # connections and code are warm
+            for seed in seeds:
+                drawn = load.draw(case.mix, 1.0, count, seed)
+                rate = predict.offered(told, [a.tokens for a in drawn], case.load)
+                arrivals = load.draw(case.mix, rate, count, seed)
+                fleet.flush()
+                wan.reset()
+                seen = load.replay(url, arrivals, seed)
+                plain = predict.run(told, ENGINE, case.policy, arrivals, seed)
+                shared = predict.run_sharing(told, ENGINE, case.policy, arrivals, seed)
+                found.append((seen_figures(seen), predict.simulated(plain), predict.simulated(shared)))
+                notes.append(_note(seen, rate, wan.stats().reliable))
+    return rows + _rows(case, found, notes)
+
+
+def seen_figures(seen: Sequence[Seen]) -> Figures:
+    """Return the measured figures of the requests that were answered."""
+    good = [s for s in seen if not s.error]
+    prompt = sum(s.tokens for s in good)
+    return predict.figures(
+        [s.ttft_s for s in good],
+        [s.sent_s for s in good],
+        [s.done_s for s in good],
+        output_tokens=sum(s.output_tokens for s in good),
+        hit_ratio=sum(s.cached for s in good) / prompt if prompt else 0.0,
+        remote=sum(s.site != predict.HOME for s in good),
+    )
+
+
+def _note(seen: Sequence[Seen], rate: float, reliable: bool) -> str:
+    failed = [s.error for s in seen if s.error]
+    late_ms = max(s.late_s for s in seen) * 1e3
+    text = f"{rate:.2f}/s, {len(seen) - len(failed)} answered, sent late by {late_ms:.0f} ms at most"
+    if failed:
+        text += f", {len(failed)} failed: {failed[0]:.60}"
+    return text + ("" if reliable else ", the link's emulator did not keep up")
+
+
+def _parameters(case: Case, told: Measured) -> list[Row]:
+    rows = []
+
+    def row(name: str, unit: str, value: float, note: str = "") -> None:
+        rows.append(Row(f"{case.name}: {name}", unit, value, None, "told to the simulator", note=note))
+
+    for site, profile in told.profiles.items():
+        curve = ", ".join(f"{n}: {profile.prefill_s(n) * 1e3:.0f}" for n in LENGTHS[::3])
+        row(f"prefill of 1536 tokens at {site}", "ms", profile.prefill_s(1536) * 1e3, curve)
+    decode = told.profiles[predict.HOME].decode
+    if decode is not None:
+        row("decode step", "ms", decode.step_s * 1e3, f"{decode.max_batch:g} at once")
+    row("link", "Mbit/s", told.rate_bytes_per_s * 8e-6, f"round trip {told.rtt_s * 1e3:.1f} ms")
+    row("a request beside its prefill", "ms", told.request_s * 1e3)
+    row("slow-down of a prefill beside another", "x", told.slowdown, "not told, but in the rows `sharing`")
+    return rows
+
+
+def _rows(case: Case, found: Sequence[tuple[Figures, Figures, Figures]], notes: Sequence[str]) -> list[Row]:
+    rows = []
+
+    def median(which: int, pick: Callable[[Figures], float]) -> float:
+        return statistics.median(pick(each[which]) for each in found)
+
+    for which, label in ((1, ""), (2, ", sharing")):
+        for field in fields(Figures):
+            if field.name not in UNITS:
+                continue
+
+            def pick(figures: Figures, name: str = field.name) -> float:
+                return float(getattr(figures, name))
+
+            ratios = [pick(each[which]) / pick(each[0]) for each in found]
+            name = field.name.removesuffix("_s").replace("_per", "/s")
+            if field.name in ("mean_s", "p50_s", "p90_s"):
+                name += " TTFT"
+            note = "seeds " + ", ".join(f"{r:.3f}" for r in ratios)
+            if field.name == "mean_s" and not label:
+                note += "; " + "; ".join(notes)
+            rows.append(
+                Row(
+                    f"{case.name}: {name}{label}",
+                    UNITS[field.name],
+                    median(which, pick),
+                    median(0, pick),
+                    "the fleet",
+                    within=BAR if field.name == "mean_s" else None,
+                    kind="simulated",
+                    note=note,
+                )
+            )
+    remote = [f"{each[1].remote:.2f} and {each[0].remote:.2f}" for each in found]
+    rows.append(
+        Row(
+            f"{case.name}: prefilled at A",
+            "",
+            median(1, lambda f: f.remote),
+            median(0, lambda f: f.remote),
+            "the fleet",
+            kind="simulated",
+            note="; ".join(remote),
+        )
+    )
+    return rows
+
+
+if __name__ == "__main__":
+    run("sim_fleet", {name: _case(case) for name, case in CASES.items()}, __doc__ or "")

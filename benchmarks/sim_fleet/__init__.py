@@ -1,0 +1,1 @@
+"""Parts of bench_sim_fleet: the fleet, its parameters as measured, the load, and the simulator's answer."""

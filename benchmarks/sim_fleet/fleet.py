@@ -1,0 +1,214 @@
+"""The fleet: site A prefills, site B prefills and decodes; real SGLang on CPU, the real router, a 40 ms link.
+
+One fork server per side of the link (its workers inherit its network namespace). The thread that enters
+stands at site B, where the clients are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import requests
+import yaml
+
+from benchmarks.fleet.pairs import WorkerFailed, model
+from benchmarks.transfer.peers import ROOT
+from prfaas_sglang.cpu.environment import cpu_arguments
+from prfaas_sglang.cpu.zygote import Zygote
+from router.core.profile import ModelProfile, to_dict
+from router.plan.measure import Options
+from tests.wan.link import Wan
+
+START_S = 150.0
+PAGE, CHUNK, CONTEXT = 64, 512, 4096
+MAX_RUNNING = 16
+CACHE_TOKENS, STATES = 65536, 96
+SERVED = "tiny"
+HTTP_PORT, BOOTSTRAP_PORT, TELEMETRY_PORT, ROUTER_PORT = 31000, 32000, 33000, 30000
+#: Name -> (side of the link, role). Upper-cased, the side is the site.
+WORKERS = {"a-prefill": ("a", "prefill"), "b-prefill": ("b", "prefill"), "b-decode": ("b", "decode")}
+
+
+class SimFleet:
+    """The workers on the two sides of `wan`, and a router when asked for. Use as a context manager."""
+
+    def __init__(self, wan: Wan, folder: Path) -> None:
+        self.wan, self._folder = wan, folder
+        self._zygotes: dict[str, Zygote] = {}
+        self._stack = contextlib.ExitStack()
+        self._model = Path()
+
+    def __enter__(self) -> SimFleet:
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        for zygote in self._zygotes.values():
+            zygote.stop(0)
+
+    def _start(self) -> None:
+        self._model = model()
+        for side in ("a", "b"):
+            with self.wan.entered(side):
+                self._zygotes[side] = Zygote.start(self._folder / f"zygote-{side}.log")
+        self._stack.enter_context(self.wan.entered("b"))
+        for zygote in self._zygotes.values():
+            zygote.wait_ready(START_S)
+        pids = {name: self._spawn(name) for name in WORKERS}
+        deadline_s = time.monotonic() + START_S
+        for name, pid in pids.items():
+            zygote = self._zygotes[WORKERS[name][0]]
+            _until_healthy(
+                self.url(name), lambda zygote=zygote, pid=pid: zygote.wait(pid, 0.1) is None,  # type: ignore[misc]
+                deadline_s, name, self._folder / f"{name}.log",
+            )  # fmt: skip
+
+    def _spawn(self, name: str) -> int:
+        side, role = WORKERS[name]
+        address, number = self.wan.address(side), list(WORKERS).index(name)
+        argv = [
+            *("--model-path", str(self._model), "--served-model-name", SERVED),
+            *("--host", address, "--port", str(HTTP_PORT + number), "--enable-cache-report"),
+            *(
+                "--page-size",
+                str(PAGE),
+                "--context-length",
+                str(CONTEXT),
+                "--max-total-tokens",
+                str(CACHE_TOKENS),
+            ),
+            *("--chunked-prefill-size", str(CHUNK), "--max-running-requests", str(MAX_RUNNING)),
+            *("--mamba-radix-cache-strategy", "extra_buffer"),
+            *cpu_arguments(disaggregation_mode=role, state_slots=STATES),
+            *("--disaggregation-mode", role, "--disaggregation-transfer-backend", "prfaas"),
+            *("--disaggregation-bootstrap-port", str(BOOTSTRAP_PORT + number)),
+        ]
+        config = {
+            "worker_id": name,
+            "site": side.upper(),
+            "listen_host": address,
+            "telemetry_listen": f"{address}:{TELEMETRY_PORT + number}",
+            "insecure": True,
+            "compression": "none",  # the simulator knows none
+        }
+        env = {
+            "SGLANG_HOST_IP": address,
+            "SGLANG_LOCAL_IP_NIC": self.wan.name,
+            "PRFAAS_CONFIG": json.dumps(config),
+        }
+        return self._zygotes[side].spawn(name, argv, env, self._folder / f"{name}.log")
+
+    # --- addresses -------------------------------------------------------------------------------------
+
+    def url(self, name: str) -> str:
+        """Return a worker's base URL."""
+        return f"http://{self.wan.address(WORKERS[name][0])}:{HTTP_PORT + list(WORKERS).index(name)}"
+
+    def telemetry(self, name: str) -> str:
+        """Return the base URL of a worker's transfer telemetry."""
+        return f"http://{self.wan.address(WORKERS[name][0])}:{TELEMETRY_PORT + list(WORKERS).index(name)}"
+
+    @property
+    def router(self) -> str:
+        """Return the router's base URL."""
+        return f"http://{self.wan.address('b')}:{ROUTER_PORT}"
+
+    def flush(self) -> None:
+        """Empty every cache, when its worker is idle. Raises requests.RequestException."""
+        for name in WORKERS:
+            requests.post(f"{self.url(name)}/flush_cache?timeout=30", timeout=60).raise_for_status()
+
+    def options(self, name: str, lengths: tuple[int, ...], repeats: int, step_s: float) -> Options:
+        """Return what `prfaas profile` is told to measure prefill worker `name`."""
+        return Options(
+            self.url(name), self.telemetry(name), self.url("b-decode"), "", Path(), name, lengths, repeats,
+            step_s,
+        )  # fmt: skip
+
+    # --- the router ------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def routed(
+        self, policy: dict[str, Any], profiles: dict[str, ModelProfile] | None = None, gbps: float = 1.0
+    ) -> Iterator[str]:
+        """Run `python -m router` at site B; gives its base URL.
+
+        Args:
+            policy: the router's `policy` section.
+            profiles: by worker name; None for a router that knows no costs.
+            gbps: configured capacity of the link.
+        """
+        profiles = profiles or {}
+        workers = []
+        for number, (name, (side, role)) in enumerate(WORKERS.items()):
+            entry: dict[str, Any] = {
+                "worker_id": name,
+                "site": side.upper(),
+                "role": role,
+                "url": self.url(name),
+                "profile": name if name in profiles else "",
+            }
+            if role == "prefill":
+                entry |= {"bootstrap_host": self.wan.address(side), "bootstrap_port": BOOTSTRAP_PORT + number}
+                entry["telemetry_url"] = self.telemetry(name)
+            workers.append(entry)
+        config = {
+            "listen": f"{self.wan.address('b')}:{ROUTER_PORT}",
+            "site": "B",
+            "model": {
+                "name": SERVED,
+                "path": str(self._model),
+                "context_length": CONTEXT,
+                "page_size": PAGE,
+            },
+            "workers": workers,
+            "policy": policy,
+            "profiles": {name: to_dict(profile) for name, profile in profiles.items()},
+            # so that a first token means the same in both: it comes after the KV is at decode
+            "early_first_token": False,
+            "links": [{"src": "A", "dst": "B", "gbps": gbps}],
+            "timeouts": {"drain_s": 2},
+        }
+        file, log_path = self._folder / "router.yaml", self._folder / "router.log"
+        file.write_text(yaml.safe_dump(config), encoding="utf-8")
+        with log_path.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "router", "--config", str(file)], cwd=ROOT, stdout=log, stderr=log
+            )
+        try:
+            deadline_s = time.monotonic() + START_S
+            _until_healthy(
+                self.router, lambda: not time.sleep(0.05) and process.poll() is None, deadline_s, "router",
+                log_path,
+            )  # fmt: skip
+            yield self.router
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _until_healthy(url: str, running: Any, deadline_s: float, name: str, log_path: Path) -> None:
+    """Wait for /health. Raises WorkerFailed with the last error that the process wrote."""
+    while running() and time.monotonic() < deadline_s:
+        with contextlib.suppress(requests.ConnectionError, requests.Timeout):
+            if requests.get(url + "/health", timeout=5).status_code == 200:
+                return
+    lines = log_path.read_text(errors="replace").splitlines()
+    errors = [line for line in lines if "Error" in line] or lines or ["no message"]
+    raise WorkerFailed(f"{name} did not start: {errors[-1][:160]}")

@@ -1,0 +1,124 @@
+"""The parameters of the simulator, measured on the idle fleet before the run that is to be predicted."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from benchmarks.sim_fleet import load
+from benchmarks.sim_fleet.fleet import SimFleet
+from benchmarks.sim_fleet.predict import HOME, Measured
+from router.core.profile import ModelProfile
+from router.plan import measure
+from tests.wan.link import Wan
+
+#: Longest decode step that is looked at; the largest batch is what the worker takes.
+STEP_S = 0.25
+CONNECTS, BULK_S = 9, 1.5
+PREFILLS = {"A": "a-prefill", "B": "b-prefill"}
+
+
+def parameters(fleet: SimFleet, lengths: tuple[int, ...], repeats: int) -> Measured:
+    """Measure everything; the fleet must be idle. Raises PrfaasError, OSError."""
+    rate, rtt_s = link(fleet.wan)
+    with opened(fleet.wan):
+        profiles = {site: _profile(fleet, site, lengths, repeats) for site in PREFILLS}
+        home, some = profiles[HOME], lengths[1::2]
+        with fleet.routed({"name": "local"}) as url:
+            request_s = _beyond_s(fleet, url, home, some, repeats)
+        with fleet.routed({"name": "round_robin"}) as url:
+            alone_s = home.prefill_s(some[-1]) + request_s
+            slowdown = _slowdown(fleet, url, alone_s, some[-1], repeats)
+    return Measured(profiles, rate, rtt_s, request_s, slowdown)
+
+
+def by_worker(told: Measured) -> dict[str, ModelProfile]:
+    """Return the profiles by the names of the prefill workers."""
+    return {PREFILLS[site]: profile for site, profile in told.profiles.items()}
+
+
+@contextmanager
+def opened(wan: Wan) -> Iterator[None]:
+    """Take delay and limit off the link: a worker is profiled with a decode worker beside it."""
+    shape = wan.profile
+    wan.set("both", delay_s=0.0, rate_bps=0.0)
+    try:
+        yield
+    finally:
+        wan.set("a2b", delay_s=shape.a2b.delay_s, rate_bps=shape.a2b.rate_bps)
+        wan.set("b2a", delay_s=shape.b2a.delay_s, rate_bps=shape.b2a.rate_bps)
+
+
+def link(wan: Wan) -> tuple[float, float]:
+    """Return what the link from a to b carries, bytes of TCP payload per second, and its round trip."""
+    with wan.entered("b"), socket.create_server((wan.address("b"), 0)) as server:
+        server.settimeout(10)
+        address = server.getsockname()
+        with wan.entered("a"):
+            trips = []
+            for _ in range(CONNECTS):
+                begin_s = time.perf_counter()
+                with socket.create_connection(address, 10):
+                    trips.append(time.perf_counter() - begin_s)
+        for _ in range(CONNECTS):
+            server.accept()[0].close()
+        sender = threading.Thread(target=_send, args=(wan, address), daemon=True)
+        sender.start()
+        connection, _ = server.accept()
+        with connection:
+            arrived = list(_arrivals(connection))
+        sender.join(10)
+    half = [(at_s, size) for at_s, size in arrived if at_s > arrived[0][0] + BULK_S / 3]
+    rate = sum(size for _, size in half[1:]) / (half[-1][0] - half[0][0])
+    return rate, statistics.median(trips)
+
+
+def _send(wan: Wan, address: tuple[str, int]) -> None:
+    block = bytes(1 << 16)
+    with wan.entered("a"), socket.create_connection(address, 10) as connection:
+        until_s = time.perf_counter() + BULK_S
+        while time.perf_counter() < until_s:
+            connection.sendall(block)
+
+
+def _arrivals(connection: socket.socket) -> Iterator[tuple[float, int]]:
+    connection.settimeout(10)
+    while size := len(connection.recv(1 << 18)):
+        yield time.perf_counter(), size
+
+
+def _profile(fleet: SimFleet, site: str, lengths: tuple[int, ...], repeats: int) -> ModelProfile:
+    """Return what `prfaas profile` says of the site's prefill worker, asked from beside it."""
+    options = fleet.options(PREFILLS[site], lengths, repeats, STEP_S if site == HOME else 0.0)
+    with fleet.wan.entered(site.lower()):
+        profile, _ = asyncio.run(measure.measure(options))
+    return profile
+
+
+def _beyond_s(
+    fleet: SimFleet, url: str, profile: ModelProfile, lengths: tuple[int, ...], repeats: int
+) -> float:
+    """Return the seconds to the first token beyond the prefill's own: client, router, HTTP, decode."""
+    beyond = []
+    load.one_by_one(url, lengths, 2, 1)
+    for tokens in lengths:
+        fleet.flush()
+        seen = load.one_by_one(url, [tokens] * repeats, 2, tokens)
+        beyond.append(statistics.median(s.ttft_s for s in seen) - profile.prefill_s(tokens))
+    return max(0.0, statistics.median(beyond))
+
+
+def _slowdown(fleet: SimFleet, url: str, alone_s: float, tokens: int, repeats: int) -> float:
+    """Return how much longer a prefill takes at one site while the other computes the same."""
+    together = []
+    for number in range(repeats):
+        fleet.flush()
+        both = [load.Arrival(0.0, tokens, 1)] * len(PREFILLS)
+        seen = load.replay(url, both, number)
+        together += [s.ttft_s for s in seen if s.site == HOME]
+    return max(1.0, statistics.median(together) / alone_s)
