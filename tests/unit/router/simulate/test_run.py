@@ -58,6 +58,16 @@ def test_one_request_alone_has_the_figures_of_its_profile_and_link() -> None:
     assert sum(part[0] for part in records.parts.values()) == pytest.approx(records.ttft_s[0])
 
 
+@pytest.mark.parametrize("policy", ["local", "remote"])
+def test_what_a_request_takes_beside_is_added_once_to_every_first_token(policy: str) -> None:
+    """Wherever it is prefilled, it is part of the way to decode; workers and link are no busier."""
+    spec = {**TWO_SITES, "workload": {"requests": 20, "rate": 0.001}, "policy": {"name": policy}}
+    plain, longer = (simulate(parse({**spec, "request_s": seconds})) for seconds in (0.0, 0.25))
+    assert list(longer.ttft_s) == pytest.approx([ttft_s + 0.25 for ttft_s in plain.ttft_s])
+    assert list(longer.parts["transfer_s"]) == pytest.approx([s + 0.25 for s in plain.parts["transfer_s"]])
+    assert longer.busy_s == plain.busy_s
+
+
 def test_busy_seconds_and_tokens_add_up() -> None:
     """Prefill work is that of the computed tokens; decode work that of the answers."""
     spec = {**TWO_SITES, "workload": {"rate": 0.02, "requests": 100}, "policy": {"name": "local"}}
