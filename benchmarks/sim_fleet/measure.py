@@ -8,7 +8,6 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from benchmarks.sim_fleet import load
 from benchmarks.sim_fleet.fleet import SimFleet
@@ -26,32 +25,19 @@ PREFILLS = {"A": "a-prefill", "B": "b-prefill"}
 def parameters(fleet: SimFleet, lengths: tuple[int, ...], repeats: int) -> Measured:
     """Measure everything; the fleet must be idle. Raises PrfaasError, OSError."""
     rate, rtt_s = link(fleet.wan)
-    with opened(fleet.wan):
-        profiles = {site: _profile(fleet, site, lengths, repeats) for site in PREFILLS}
-        home, some = profiles[HOME], lengths[1::2]
-        with fleet.routed({"name": "local"}) as url:
-            request_s = _beyond_s(fleet, url, home, some, repeats)
-        with fleet.routed({"name": "round_robin"}) as url:
-            alone_s = home.prefill_s(some[-1]) + request_s
-            slowdown = _slowdown(fleet, url, alone_s, some[-1], repeats)
+    profiles = {site: _profile(fleet, site, lengths, repeats) for site in PREFILLS}
+    home, some = profiles[HOME], lengths[1::2]
+    with fleet.routed({"name": "local"}) as url:
+        request_s = _beyond_s(fleet, url, home, some, repeats)
+    with fleet.routed({"name": "round_robin"}) as url:
+        alone_s = home.prefill_s(some[-1]) + request_s
+        slowdown = _slowdown(fleet, url, alone_s, some[-1], repeats)
     return Measured(profiles, rate, rtt_s, request_s, slowdown)
 
 
 def by_worker(told: Measured) -> dict[str, ModelProfile]:
     """Return the profiles by the names of the prefill workers."""
     return {PREFILLS[site]: profile for site, profile in told.profiles.items()}
-
-
-@contextmanager
-def opened(wan: Wan) -> Iterator[None]:
-    """Take delay and limit off the link: a worker is profiled with a decode worker beside it."""
-    shape = wan.profile
-    wan.set("both", delay_s=0.0, rate_bps=0.0)
-    try:
-        yield
-    finally:
-        wan.set("a2b", delay_s=shape.a2b.delay_s, rate_bps=shape.a2b.rate_bps)
-        wan.set("b2a", delay_s=shape.b2a.delay_s, rate_bps=shape.b2a.rate_bps)
 
 
 def link(wan: Wan) -> tuple[float, float]:
@@ -93,7 +79,10 @@ def _arrivals(connection: socket.socket) -> Iterator[tuple[float, int]]:
 
 
 def _profile(fleet: SimFleet, site: str, lengths: tuple[int, ...], repeats: int) -> ModelProfile:
-    """Return what `prfaas profile` says of the site's prefill worker, asked from beside it."""
+    """Return what `prfaas profile` says of the site's prefill worker, asked from beside it.
+
+    It has staging memory, so its answer waits for neither the decode worker nor the link.
+    """
     options = fleet.options(PREFILLS[site], lengths, repeats, STEP_S if site == HOME else 0.0)
     with fleet.wan.entered(site.lower()):
         profile, _ = asyncio.run(measure.measure(options))
