@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from benchmarks.sim_fleet import load
 from benchmarks.sim_fleet.fleet import SimFleet
+from benchmarks.sim_fleet.machine import Slowdowns
 from benchmarks.sim_fleet.predict import HOME, Measured
 from router.core.profile import ModelProfile
 from router.plan import measure
@@ -19,6 +20,8 @@ from tests.wan.link import Wan
 #: Longest decode step that is looked at; the largest batch is what the worker takes.
 STEP_S = 0.25
 CONNECTS, BULK_S = 9, 1.5
+#: A prompt meets answers that are being decoded this long after they were asked for, and their tokens.
+BESIDE_S, DECODED = 0.5, 300
 PREFILLS = {"A": "a-prefill", "B": "b-prefill"}
 
 
@@ -29,10 +32,8 @@ def parameters(fleet: SimFleet, lengths: tuple[int, ...], repeats: int) -> Measu
     home, some = profiles[HOME], lengths[1::2]
     with fleet.routed({"name": "local"}) as url:
         request_s = _beyond_s(fleet, url, home, some, repeats)
-    with fleet.routed({"name": "round_robin"}) as url:
-        alone_s = home.prefill_s(some[-1]) + request_s
-        slowdown = _slowdown(fleet, url, alone_s, some[-1], repeats)
-    return Measured(profiles, rate, rtt_s, request_s, slowdown)
+    slowdowns = _slowdowns(fleet, some[-2], repeats)
+    return Measured(profiles, rate, rtt_s, request_s, slowdowns)
 
 
 def by_worker(told: Measured) -> dict[str, ModelProfile]:
@@ -102,12 +103,26 @@ def _beyond_s(
     return max(0.0, statistics.median(beyond))
 
 
-def _slowdown(fleet: SimFleet, url: str, alone_s: float, tokens: int, repeats: int) -> float:
-    """Return how much longer a prefill takes at one site while the other computes the same."""
-    together = []
-    for number in range(repeats):
+def _slowdowns(fleet: SimFleet, tokens: int, repeats: int) -> Slowdowns:
+    """Return what a prefill at the home site suffers from others on this machine's cores."""
+    prompt = load.Arrival(BESIDE_S, tokens, 1)
+    decoding = [load.Arrival(0.0, 64, DECODED)] * 2
+    with fleet.routed({"name": "local"}) as url:
+        alone_s = _at_home_s(fleet, url, [prompt], repeats)
+        decode_s = _at_home_s(fleet, url, [*decoding, prompt], repeats)
+    with fleet.routed({"name": "round_robin"}) as url:
+        prefill_s = _at_home_s(fleet, url, [prompt] * 2, repeats)
+        both_s = _at_home_s(fleet, url, [*decoding, prompt, prompt], repeats)
+    return Slowdowns(*(max(1.0, s / alone_s) for s in (prefill_s, decode_s, both_s)))
+
+
+def _at_home_s(fleet: SimFleet, url: str, arrivals: list[load.Arrival], repeats: int) -> float:
+    """Return the median time to first token of the last kind of arrival where the home site prefilled it."""
+    found = []
+    for number in range(repeats + 1):
         fleet.flush()
-        both = [load.Arrival(0.0, tokens, 1)] * len(PREFILLS)
-        seen = load.replay(url, both, number)
-        together += [s.ttft_s for s in seen if s.site == HOME]
-    return max(1.0, statistics.median(together) / alone_s)
+        seen = load.replay(url, arrivals, number)
+        last = arrivals[-1]
+        if number:  # the first one opens connections
+            found += [s.ttft_s for s in seen if s.site == HOME and s.tokens == last.tokens]
+    return statistics.median(found)

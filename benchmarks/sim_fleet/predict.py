@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.sim_fleet.load import Arrival
+from benchmarks.sim_fleet.machine import Slowdowns, share
 from cache_service.core.ids import SiteId
-from router.core.profile import Knots, ModelProfile, Quadratic, to_dict
+from router.core.profile import DecodeRate, ModelProfile, to_dict
 from router.simulate.job import Job
 from router.simulate.report import Records, spread
-from router.simulate.run import simulate
+from router.simulate.run import Simulation, simulate
 from router.simulate.spec import Scenario, parse
 
 #: Decimals of token counts never matter; block ids of one shared prefix start here.
@@ -28,14 +29,14 @@ class Measured:
         profiles: by site that prefills; that of the home site has the decode rate.
         rate_bytes_per_s, rtt_s: of the link, as TCP payload and as a connection's first round trip.
         request_s: what a request takes beside the prefill of its prompt, on the idle fleet, in one site.
-        slowdown: how much longer a prefill takes while the other prefill worker computes all the time.
+        slowdowns: what workers that compute at the same time do to each other on this machine.
     """
 
     profiles: Mapping[str, ModelProfile]
     rate_bytes_per_s: float
     rtt_s: float
     request_s: float = 0.0
-    slowdown: float = 1.0
+    slowdowns: Slowdowns = field(default_factory=Slowdowns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,40 +128,10 @@ def run(
 def run_sharing(
     told: Measured, engine: Engine, policy: Mapping[str, Any], arrivals: Sequence[Arrival], seed: int
 ) -> Records:
-    """Simulate the arrivals on workers that share the machine's cores.
-
-    A prefill takes `slowdown` times as long while the other prefill worker computes too. How often that is
-    comes from the simulation itself: its workers' busy shares, to a fixed point.
-    """
-    slowed, records = told, run(told, engine, policy, arrivals, seed)
-    for _ in range(5):
-        busy = busy_shares(records)
-        others = {site: max((b for s, b in busy.items() if s != site), default=0.0) for site in busy}
-        profiles = {
-            site: scaled(profile, 1.0 + (told.slowdown - 1.0) * others[site])
-            for site, profile in told.profiles.items()
-        }
-        slowed = replace(told, profiles=profiles)
-        records = run(slowed, engine, policy, arrivals, seed)
-    return records
-
-
-def busy_shares(records: Records) -> dict[str, float]:
-    """Return, by site, the share of the run in which its prefill worker computed."""
-    span_s = max(records.done_s) - min(records.arrived_s)
-    return {site: min(1.0, busy["prefill"] / span_s) for site, busy in records.busy_s.items()}
-
-
-def scaled(profile: ModelProfile, factor: float) -> ModelProfile:
-    """Return a profile whose prefills take `factor` times as long."""
-    curve = profile.curve
-    if isinstance(curve, Quadratic):
-        longer: Quadratic | Knots = Quadratic(
-            curve.fixed_s * factor, curve.per_token_s * factor, curve.per_token2_s * factor
-        )
-    else:
-        longer = Knots(tuple((tokens, seconds * factor) for tokens, seconds in curve.points))
-    return replace(profile, curve=longer)
+    """Simulate the arrivals on workers that share this machine's cores (machine.py)."""
+    simulation = Simulation(scenario(told, engine, policy, seed), Replay(arrivals, engine.page_tokens))
+    share(simulation, told.slowdowns)
+    return simulation.run()
 
 
 def figures(
@@ -197,10 +168,35 @@ def simulated(records: Records) -> Figures:
 def offered(told: Measured, lengths: Sequence[int], load: float) -> float:
     """Return the requests per second that are `load` of what the prefill workers do of these lengths.
 
-    Each worker alone, one prompt at a time; what sharing cores costs is not in it.
+    All of them at once, so that what sharing the cores costs is taken off; one prompt at a time each.
     """
     per_s = sum(
         len(lengths) / sum(profile.prefill_s(tokens) for tokens in lengths)
         for profile in told.profiles.values()
     )
-    return load * per_s
+    return load * per_s / told.slowdowns.prefill
+
+
+def step_at(steps: Mapping[int, float], tokens_per_s: float) -> float:
+    """Return the step of the smallest batch measured that keeps up with `tokens_per_s`, else the largest.
+
+    Args:
+        steps: batch -> seconds of a step.
+    """
+    for batch, seconds in sorted(steps.items()):
+        if tokens_per_s * seconds <= batch:
+            return seconds
+    return steps[max(steps)]
+
+
+def told_decode(told: Measured, tokens_per_s: float) -> Measured:
+    """Return what is told, decode's step being that of the batch that such a load makes."""
+    profile = told.profiles[HOME]
+    assert profile.decode is not None
+    steps = {int(n): float(s) for n, _, s in (p.partition(":") for p in _steps(profile))}
+    rate = DecodeRate(profile.decode.max_batch, step_at(steps, tokens_per_s))
+    return replace(told, profiles={**told.profiles, HOME: replace(profile, decode=rate)})
+
+
+def _steps(profile: ModelProfile) -> list[str]:
+    return profile.facts["decode_steps_s"].split(",")
