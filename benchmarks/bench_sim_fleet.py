@@ -7,12 +7,17 @@ both (`early_first_token: false`). Ours is the simulator, the peer the fleet: th
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.harness import Measure, Row, run
 from benchmarks.sim_fleet import load, measure, predict
@@ -36,7 +41,8 @@ class Case:
 
     Attributes:
         load: share of what the prefill workers do when each has the machine to itself.
-        policy: of router and simulator; a threshold of -1 is the median length.
+        policy: of router and simulator.
+        told: the router asks the senders what the link carries; else it believes what was measured.
     """
 
     name: str
@@ -45,6 +51,7 @@ class Case:
     rate_bps: float = 1e8
     mix: Mix = MIX
     requests: int = 150
+    told: bool = False
     seeds: tuple[int, ...] = (1, 2, 3)
 
 
@@ -57,6 +64,7 @@ CASES = {
         Case("light", HALF, 0.3),
         Case("ttft", {"name": "ttft"}, 0.5),
         Case("gigabit", HALF, 0.5, 1e9),
+        Case("told", {"name": "prfaas", "threshold_tokens": 1200}, 0.5, told=True),
     )
 }
 
@@ -66,6 +74,8 @@ def _case(case: Case) -> Measure:
 
 
 def _measure(case: Case, smoke: bool) -> list[Row]:
+    if smoke and case.name != next(iter(CASES)):
+        return []  # a fleet takes a minute to start and to measure
     why = missing()
     if why is not None:
         return [Row(f"{case.name}: mean TTFT", "s", None, None, f"did not run: {why}", kind="simulated")]
@@ -81,7 +91,9 @@ def _measure(case: Case, smoke: bool) -> list[Row]:
         seeds, count = (case.seeds[:1], 6) if smoke else (case.seeds, case.requests)
         found: list[tuple[Figures, Figures, Figures]] = []
         notes = []
-        with fleet.routed(case.policy, measure.by_worker(told), told.rate_bytes_per_s / 1.25e8) as url:
+        with fleet.routed(
+            case.policy, measure.by_worker(told), told.rate_bytes_per_s / 1.25e8, case.told
+        ) as url:
             load.one_by_one(url, lengths, 2, 0)  # connections and code are warm
             for seed in seeds:
                 drawn = load.draw(case.mix, 1.0, count, seed)
@@ -90,11 +102,12 @@ def _measure(case: Case, smoke: bool) -> list[Row]:
                 known = predict.told_decode(told, rate * case.mix.output_tokens)
                 fleet.flush()
                 wan.reset()
-                seen = load.replay(url, arrivals, seed)
+                with company() as others:
+                    seen = load.replay(url, arrivals, seed)
                 plain = predict.run(known, ENGINE, case.policy, arrivals, seed)
                 shared = predict.run_sharing(known, ENGINE, case.policy, arrivals, seed)
                 found.append((seen_figures(seen), predict.simulated(plain), predict.simulated(shared)))
-                notes.append(_note(seen, rate, wan.stats().reliable))
+                notes.append(_note(seen, rate, others[0], wan.stats().reliable))
     return rows + _rows(case, found, notes)
 
 
@@ -112,10 +125,35 @@ def seen_figures(seen: Sequence[Seen]) -> Figures:
     )
 
 
-def _note(seen: Sequence[Seen], rate: float, reliable: bool) -> str:
+@contextmanager
+def company() -> Iterator[list[float]]:
+    """Give a list that in the end has the cores, on average, that processes of others used meanwhile."""
+    found: list[float] = []
+    begin_s, all_s, ours_s = time.perf_counter(), _all_s(), _ours_s()
+    yield found
+    others_s = _all_s() - all_s - (_ours_s() - ours_s)
+    found.append(max(0.0, others_s / (time.perf_counter() - begin_s)))
+
+
+def _all_s() -> float:
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system)
+
+
+def _ours_s() -> float:
+    me = psutil.Process()
+    total = 0.0
+    for process in (me, *me.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:2])
+    return total
+
+
+def _note(seen: Sequence[Seen], rate: float, others: float, reliable: bool) -> str:
     failed = [s.error for s in seen if s.error]
     late_ms = max(s.late_s for s in seen) * 1e3
     text = f"{rate:.2f}/s, {len(seen) - len(failed)} answered, sent late by {late_ms:.0f} ms at most"
+    text += f", processes of others on {others:.2f} cores"
     if failed:
         text += f", {len(failed)} failed: {failed[0]:.60}"
     return text + ("" if reliable else ", the link's emulator did not keep up")

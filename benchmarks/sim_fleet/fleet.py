@@ -141,7 +141,11 @@ class SimFleet:
 
     @contextlib.contextmanager
     def routed(
-        self, policy: dict[str, Any], profiles: dict[str, ModelProfile] | None = None, gbps: float = 1.0
+        self,
+        policy: dict[str, Any],
+        profiles: dict[str, ModelProfile] | None = None,
+        gbps: float = 1.0,
+        told: bool = False,
     ) -> Iterator[str]:
         """Run `python -m router` at site B; gives its base URL.
 
@@ -149,6 +153,7 @@ class SimFleet:
             policy: the router's `policy` section.
             profiles: by worker name; None for a router that knows no costs.
             gbps: configured capacity of the link.
+            told: the router asks the senders what the link carries; else it believes `gbps`.
         """
         profiles = profiles or {}
         workers = []
@@ -162,7 +167,7 @@ class SimFleet:
             }
             if role == "prefill":
                 entry |= {"bootstrap_host": self.wan.address(side), "bootstrap_port": BOOTSTRAP_PORT + number}
-                entry["telemetry_url"] = self.telemetry(name)
+                entry["telemetry_url"] = self.telemetry(name) if told else ""
             workers.append(entry)
         config = {
             "listen": f"{self.wan.address('b')}:{ROUTER_PORT}",
