@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ BAR = 0.20
 ENGINE = Engine(PAGE, CHUNK, CACHE_TOKENS, STATES)
 LENGTHS = (64, 256, 512, 1024, 1536, 2048, 2816, 3584)
 MIX = Mix(1200, 0.6, 64, 3500, 16)
+#: Seven of ten prompts begin with one of four prefixes of 1,024 tokens.
+SHARED = replace(MIX, groups=4, shared=1024, share=0.7)
 UNITS = {"mean_s": "s", "p50_s": "s", "p90_s": "s", "requests_per_s": "1/s", "tokens_per_s": "1/s"}
 
 
@@ -42,6 +44,7 @@ class Case:
     Attributes:
         load: share of what the prefill workers do when each has the machine to itself.
         policy: of router and simulator.
+        indexed: prefill workers keep prefixes, and the router asks the cache service who has them.
         told: the router asks the senders what the link carries; else it believes what was measured.
     """
 
@@ -52,6 +55,7 @@ class Case:
     mix: Mix = MIX
     requests: int = 100
     told: bool = False
+    indexed: bool = False
     seeds: tuple[int, ...] = (1, 2, 3)
 
 
@@ -64,6 +68,7 @@ CASES = {
         Case("light", HALF, 0.3, requests=60),
         Case("ttft", {"name": "ttft"}, 0.5),
         Case("gigabit", HALF, 0.5, 1e9),
+        Case("shared", HALF, 0.5, mix=SHARED, indexed=True),
         Case("told", {"name": "prfaas", "threshold_tokens": 1200}, 0.5, told=True),
     )
 }
@@ -84,7 +89,7 @@ def _measure(case: Case, smoke: bool) -> list[Row]:
     with (
         tempfile.TemporaryDirectory() as folder,
         link(rate_bps=case.rate_bps, queue_bytes=queue_bytes) as wan,
-        SimFleet(wan, Path(folder)) as fleet,
+        SimFleet(wan, Path(folder), case.indexed) as fleet,
     ):
         told = measure.parameters(fleet, lengths, repeats)
         rows = _parameters(case, told)
@@ -215,18 +220,12 @@ def _rows(case: Case, found: Sequence[tuple[Figures, Figures, Figures]], notes: 
                     note=note,
                 )
             )
-    remote = [f"{each[1].remote:.2f} and {each[0].remote:.2f}" for each in found]
-    rows.append(
-        Row(
-            f"{case.name}: prefilled at A",
-            "",
-            median(1, lambda f: f.remote),
-            median(0, lambda f: f.remote),
-            "the fleet",
-            kind="simulated",
-            note="; ".join(remote),
-        )
-    )
+    others = [("prefilled at A", "remote")] + ([("hit ratio", "hit_ratio")] if case.indexed else [])
+    for what, name in others:
+        pairs = [(getattr(each[1], name), getattr(each[0], name)) for each in found]
+        ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
+        note = "; ".join(f"{ours:.3f} and {theirs:.3f}" for ours, theirs in pairs)
+        rows.append(Row(f"{case.name}: {what}", "", ours, theirs, "the fleet", kind="simulated", note=note))
     return rows
 
 

@@ -31,16 +31,20 @@ PAGE, CHUNK, CONTEXT = 64, 512, 4096
 MAX_RUNNING = 16
 CACHE_TOKENS, STATES = 65536, 96
 SERVED = "tiny"
-HTTP_PORT, BOOTSTRAP_PORT, TELEMETRY_PORT, ROUTER_PORT = 31000, 32000, 33000, 30000
+HTTP_PORT, BOOTSTRAP_PORT, TELEMETRY_PORT, EVENTS_PORT = 31000, 32000, 33000, 34000
+ROUTER_PORT, INDEX_PORT, METRICS_PORT = 30000, 30001, 30002
 #: Name -> (side of the link, role). Upper-cased, the side is the site.
 WORKERS = {"a-prefill": ("a", "prefill"), "b-prefill": ("b", "prefill"), "b-decode": ("b", "decode")}
 
 
 class SimFleet:
-    """The workers on the two sides of `wan`, and a router when asked for. Use as a context manager."""
+    """The workers on the two sides of `wan`, and a router when asked for. Use as a context manager.
 
-    def __init__(self, wan: Wan, folder: Path) -> None:
-        self.wan, self._folder = wan, folder
+    indexed: prefill workers tell what they hold, and a router is given a cache service that listens.
+    """
+
+    def __init__(self, wan: Wan, folder: Path, indexed: bool = False) -> None:
+        self.wan, self._folder, self._indexed = wan, folder, indexed
         self._zygotes: dict[str, Zygote] = {}
         self._stack = contextlib.ExitStack()
         self._model = Path()
@@ -95,7 +99,7 @@ class SimFleet:
             *("--disaggregation-mode", role, "--disaggregation-transfer-backend", "prfaas"),
             *("--disaggregation-bootstrap-port", str(BOOTSTRAP_PORT + number)),
         ]
-        config = {
+        config: dict[str, Any] = {
             "worker_id": name,
             "site": side.upper(),
             "listen_host": address,
@@ -103,12 +107,25 @@ class SimFleet:
             "insecure": True,
             "compression": "none",  # the simulator knows none
         }
+        if self._indexed and role == "prefill":
+            events, replay, states, dumps = self._streams(name)
+            stock = {"publisher": "zmq", "endpoint": f"tcp://*:{events}", "topic": "kv"}
+            stock["replay_endpoint"] = f"tcp://*:{replay}"
+            argv += ["--kv-events-config", json.dumps(stock)]
+            ends = {"endpoint": states, "replay_endpoint": dumps}
+            config["state_events"] = {key: f"tcp://{address}:{port}" for key, port in ends.items()}
         env = {
             "SGLANG_HOST_IP": address,
             "SGLANG_LOCAL_IP_NIC": self.wan.name,
             "PRFAAS_CONFIG": json.dumps(config),
         }
         return self._zygotes[side].spawn(name, argv, env, self._folder / f"{name}.log")
+
+    @staticmethod
+    def _streams(name: str) -> tuple[int, int, int, int]:
+        """Return a worker's ports: stock events and replay, ours and replay."""
+        first = EVENTS_PORT + 10 * list(WORKERS).index(name)
+        return first, first + 1, first + 2, first + 3
 
     # --- addresses -------------------------------------------------------------------------------------
 
@@ -169,7 +186,7 @@ class SimFleet:
                 entry |= {"bootstrap_host": self.wan.address(side), "bootstrap_port": BOOTSTRAP_PORT + number}
                 entry["telemetry_url"] = self.telemetry(name) if told else ""
             workers.append(entry)
-        config = {
+        config: dict[str, Any] = {
             "listen": f"{self.wan.address('b')}:{ROUTER_PORT}",
             "site": "B",
             "model": {
@@ -186,19 +203,47 @@ class SimFleet:
             "links": [{"src": "A", "dst": "B", "gbps": gbps}],
             "timeouts": {"drain_s": 2},
         }
-        file, log_path = self._folder / "router.yaml", self._folder / "router.log"
+        with contextlib.ExitStack() as stack:
+            if self._indexed:
+                config |= {"index": f"{self.wan.address('b')}:{INDEX_PORT}", "index_insecure": True}
+                stack.enter_context(self._service("cache_service", self._index_config(), METRICS_PORT))
+            stack.enter_context(self._service("router", config, ROUTER_PORT))
+            yield self.router
+
+    def _index_config(self) -> dict[str, Any]:
+        workers = []
+        for name, (side, role) in WORKERS.items():
+            if role == "prefill":
+                _, _, states, dumps = self._streams(name)
+                host = f"tcp://{self.wan.address(side)}"
+                streams = {"events": f"{host}:{states}", "replay": f"{host}:{dumps}", "format": "prfaas"}
+                workers.append({"worker_id": name, "site": side.upper(), "dp_rank": 0, **streams})
+        address = self.wan.address("b")
+        return {
+            "site": "B",
+            "listen": f"{address}:{INDEX_PORT}",
+            "insecure": True,
+            "metrics_listen": f"{address}:{METRICS_PORT}",
+            "namespace": {"model": SERVED, "page_size": PAGE},
+            "workers": workers,
+        }
+
+    @contextlib.contextmanager
+    def _service(self, module: str, config: dict[str, Any], port: int) -> Iterator[None]:
+        """Run one of our services at site B while the block lasts."""
+        file, log_path = self._folder / f"{module}.yaml", self._folder / f"{module}.log"
         file.write_text(yaml.safe_dump(config), encoding="utf-8")
         with log_path.open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "router", "--config", str(file)], cwd=ROOT, stdout=log, stderr=log
+                [sys.executable, "-m", module, "--config", str(file)], cwd=ROOT, stdout=log, stderr=log
             )
         try:
+            url = f"http://{self.wan.address('b')}:{port}"
             deadline_s = time.monotonic() + START_S
             _until_healthy(
-                self.router, lambda: not time.sleep(0.05) and process.poll() is None, deadline_s, "router",
-                log_path,
-            )  # fmt: skip
-            yield self.router
+                url, lambda: not time.sleep(0.05) and process.poll() is None, deadline_s, module, log_path
+            )
+            yield
         finally:
             process.terminate()
             try:

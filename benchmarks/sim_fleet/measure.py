@@ -31,10 +31,10 @@ def parameters(fleet: SimFleet, lengths: tuple[int, ...], repeats: int) -> Measu
     """Measure everything; the fleet must be idle. Raises PrfaasError, OSError."""
     rate, rtt_s = link(fleet.wan)
     profiles = _profiles(fleet, lengths, repeats)
-    home, some = profiles[HOME], lengths[1::2]
+    short = lengths[:3]  # where the prefill is short, so is the error of its fitted curve
     with fleet.routed({"name": "local"}) as url:
-        request_s = _beyond_s(fleet, url, home, some, repeats)
-    slowdowns = _slowdowns(fleet, some[-2], repeats)
+        request_s = _beyond_s(fleet, url, profiles[HOME], short, 3 * repeats)
+    slowdowns = _slowdowns(fleet, lengths[len(lengths) // 2], 3 * repeats)
     return Measured(profiles, rate, rtt_s, request_s, slowdowns)
 
 
