@@ -65,7 +65,7 @@ CASES = {
     case.name: case
     for case in (
         Case("half", HALF, 0.5),
-        Case("light", HALF, 0.3, requests=60),
+        Case("light", HALF, 0.3, requests=50),
         Case("ttft", {"name": "ttft"}, 0.5),
         Case("gigabit", HALF, 0.5, 1e9),
         Case("shared", HALF, 0.5, mix=SHARED, indexed=True),
@@ -176,7 +176,13 @@ def _parameters(case: Case, told: Measured) -> list[Row]:
         row(f"prefill of 1536 tokens at {site}", "ms", profile.prefill_s(1536) * 1e3, curve)
     decode = told.profiles[predict.HOME].decode
     if decode is not None:
-        row("decode step", "ms", decode.step_s * 1e3, f"{decode.max_batch:g} at once")
+        steps = told.profiles[predict.HOME].facts["decode_steps_s"]
+        row(
+            "decode step",
+            "ms",
+            decode.step_s * 1e3,
+            f"by batch, s: {steps}; told is that of the load's batch",
+        )
     row("link", "Mbit/s", told.rate_bytes_per_s * 8e-6, f"round trip {told.rtt_s * 1e3:.1f} ms")
     row("a request beside its prefill", "ms", told.request_s * 1e3)
     slow = told.slowdowns
