@@ -22,6 +22,8 @@ from tests.wan.link import Wan
 #: Longest decode step that is looked at; the largest batch is what the worker takes.
 STEP_S = 0.25
 CONNECTS, BULK_S = 9, 1.5
+#: Between two requests that are timed alone, from one's start to the next one's.
+PAUSE_S = 0.7
 #: A prompt meets answers that are being decoded this long after they were asked for, and their tokens.
 BESIDE_S, DECODED = 0.5, 300
 PREFILLS = {"A": "a-prefill", "B": "b-prefill"}
@@ -105,14 +107,15 @@ def _profiles(fleet: SimFleet, lengths: tuple[int, ...], repeats: int) -> dict[s
 def _beyond_s(
     fleet: SimFleet, url: str, profile: ModelProfile, lengths: tuple[int, ...], repeats: int
 ) -> float:
-    """Return the seconds to the first token beyond the prefill's own: client, router, HTTP, decode."""
-    beyond = []
+    """Return the seconds to the first token beyond the prefill's own: client, router, HTTP, decode.
+
+    With pauses between the requests, as in the load to come: a machine that was idle wakes up slowly.
+    """
     load.one_by_one(url, lengths, 2, 1)
-    for tokens in lengths:
-        fleet.flush()
-        seen = load.one_by_one(url, [tokens] * repeats, 2, tokens)
-        beyond.append(statistics.median(s.ttft_s for s in seen) - profile.prefill_s(tokens))
-    return max(0.0, statistics.median(beyond))
+    fleet.flush()
+    spaced = [load.Arrival(n * PAUSE_S, tokens, 16) for n, tokens in enumerate(lengths * repeats)]
+    seen = load.replay(url, spaced, 2)
+    return max(0.0, statistics.median(s.ttft_s - profile.prefill_s(s.tokens) for s in seen))
 
 
 def _slowdowns(fleet: SimFleet, tokens: int, repeats: int) -> Slowdowns:
