@@ -46,12 +46,14 @@ class LinkReport(msgspec.Struct, frozen=True):
     cap_bytes_per_s: float | None = None
     open_transfers: int = 0
     pending_bytes: int = 0
+    busy_ratio: float = 1.0
 
     def sound(self) -> bool:
         """True when every number can be one."""
         seconds = (self.srtt_s, self.min_rtt_s, self.goodput_bytes_per_s, self.cap_bytes_per_s or 0.0)
         counts = (self.sent_bytes, self.retransmitted_bytes, self.open_transfers, self.pending_bytes)
-        return all(math.isfinite(x) and x >= 0 for x in seconds) and min(counts) >= 0
+        sound = all(math.isfinite(x) and x >= 0 for x in seconds) and min(counts) >= 0
+        return sound and 0 <= self.busy_ratio <= 1
 
 
 class _Answer(msgspec.Struct):
@@ -66,7 +68,8 @@ class Link:
         srtt_s, min_rtt_s: the longest smoothed and the least round trip.
         goodput_bytes_per_s: delivered lately.
         retransmitted_bytes, sent_bytes: since the bundles were opened.
-        open_transfers, pending_bytes: granted and not acknowledged; granted and not yet handed to TCP.
+        open_transfers, pending_bytes: granted and not acknowledged; computed and not yet handed to TCP.
+        busy_ratio: share of the last second in which bytes waited, of the busiest bundle.
     """
 
     src_site: str
@@ -78,6 +81,7 @@ class Link:
     retransmitted_bytes: int
     open_transfers: int
     pending_bytes: int
+    busy_ratio: float
 
 
 class LinkTable:
@@ -113,6 +117,7 @@ def _sum(src: str, dst: str, reports: Sequence[LinkReport]) -> Link:
         retransmitted_bytes=sum(r.retransmitted_bytes for r in reports),
         open_transfers=sum(r.open_transfers for r in reports),
         pending_bytes=sum(r.pending_bytes for r in reports),
+        busy_ratio=max(r.busy_ratio for r in reports),
     )
 
 
@@ -212,7 +217,8 @@ class LinkCollector(Collector):
             "min_rtt_s": ("min_rtt_seconds", "Least round trip"),
             "goodput_bytes_per_s": ("goodput_bytes_per_second", "Delivered lately"),
             "open_transfers": ("transfers_in_flight", "Granted and not acknowledged"),
-            "pending_bytes": ("pending_bytes", "Granted and not yet handed to TCP"),
+            "pending_bytes": ("pending_bytes", "Computed and not yet handed to TCP"),
+            "busy_ratio": ("busy_ratio", "Share of the last second in which bytes waited, busiest bundle"),
         }
         try:
             links = self._table.links(asyncio.get_running_loop().time())

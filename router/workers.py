@@ -122,6 +122,7 @@ class WorkerTable:
                         told.srtt_s,
                         told.min_rtt_s,
                         told.pending_bytes,
+                        told.busy_ratio,
                     ),
                     now_s,
                 )

@@ -109,7 +109,7 @@ class Workers:
         ]
         env = {"SGLANG_HOST_IP": address, "SGLANG_LOCAL_IP_NIC": self._wan.name, "MC_LOG_LEVEL": "ERROR"}
         if backend == "prfaas":
-            config = {"worker_id": role, "site": side.upper(), "listen_host": address}
+            config = {"worker_id": role, "site": side.upper(), "listen_host": address, "insecure": True}
             env["PRFAAS_CONFIG"] = json.dumps(config)
         name = f"{backend}-{role}"
         return self._zygotes[side].spawn(name, argv, env, self._folder / f"{name}.log")

@@ -74,6 +74,14 @@ class ExportSession:
         rows = (self.grant.pages, *self.grant.state_rows, 1)
         return sum(c.bytes_per_row * n for c, n in zip(self.layout.components, rows, strict=True))
 
+    @property
+    def offered_bytes(self) -> int:
+        """Row bytes of them that the engine has offered so far: what could be on its way."""
+        if self.grant is None or self.last_seen:
+            return self.total_bytes
+        pages = max(0, self.offered_pages - self.prefix_pages)
+        return self.layout.components[KV].bytes_per_row * pages
+
     def accept(self, grant: Grant) -> None:
         """Take decode's grant. Raises RemoteProtocolError when it does not fit the layout or the prompt."""
         if len(grant.state_rows) != len(self.layout.states):

@@ -24,6 +24,8 @@ from prfaas_sglang.transfer.telemetry import LinkSample
 from prfaas_sglang.transfer.wire import Buffer, ConnectionLost, Wire
 
 SAMPLE_S = 0.02
+#: Seconds that the share of busy time looks back.
+BUSY_S = 1.0
 #: Control frames that wait for one connection: more than every room of a busy worker needs.
 MAX_CONTROL = 8192
 
@@ -60,6 +62,8 @@ class Bundle:
         self._rate = RateController()
         self._stalls = StallWatch()
         self._pacer: threading.Thread | None = None
+        self._busy_ratio = 0.0
+        self._sampled_s = time.monotonic()
 
     def on_piece(self, send_piece: SendPiece) -> None:
         """Set what puts one piece on a wire: (wire, transfer, piece), called on writer threads."""
@@ -163,6 +167,9 @@ class Bundle:
         if not infos:
             return self._rate.cap_bytes_per_s
         now_s = time.monotonic()
+        weight = min(1.0, (now_s - self._sampled_s) / BUSY_S)
+        self._busy_ratio += weight * (busy - self._busy_ratio)
+        self._sampled_s = now_s
         flows = {index: (info.delivered_bytes, info.unacknowledged) for index, info in by_index.items()}
         for index in self._stalls.update(now_s, flows):
             self._members[index].fail(ConnectionLost(f"nothing acknowledged for {STALL_S:.0f} s"))
@@ -183,6 +190,7 @@ class Bundle:
                     cap_bytes_per_s=cap,
                     sent_bytes=sum(i.sent_bytes for i in infos),
                     retransmitted_bytes=sum(i.retransmitted_bytes for i in infos),
+                    busy_ratio=self._busy_ratio,
                 )
             )
         return cap

@@ -215,8 +215,8 @@ class Export:
 
 def with_load(sample: LinkSample, exports: Sequence[Export]) -> LinkSample:
     """Return the sample with what is under way on its link."""
-    pending = sum(e.session.total_bytes - e.sent_bytes for e in exports)
-    return replace(sample, open_transfers=len(exports), pending_bytes=max(0, pending))
+    pending = sum(max(0, e.session.offered_bytes - e.sent_bytes) for e in exports)
+    return replace(sample, open_transfers=len(exports), pending_bytes=pending)
 
 
 @dataclass(slots=True)

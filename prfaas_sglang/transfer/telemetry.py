@@ -88,7 +88,9 @@ class LinkSample:
         cap_bytes_per_s: what the rate controller allows, None for no cap.
         sent_bytes, retransmitted_bytes: since the bundle was opened, the second part of the first.
         open_transfers: granted and not yet acknowledged.
-        pending_bytes: row bytes of those that were not handed to TCP yet.
+        pending_bytes: row bytes of those that are computed and were not handed to TCP yet.
+        busy_ratio: share of the last second or so in which bytes waited to be sent: near 1, goodput is what
+            the link gives; well below, it is what there was to send.
     """
 
     srtt_s: float
@@ -99,6 +101,7 @@ class LinkSample:
     retransmitted_bytes: int
     open_transfers: int = 0
     pending_bytes: int = 0
+    busy_ratio: float = 0.0
 
 
 class Telemetry:
@@ -157,7 +160,8 @@ class Telemetry:
             "goodput_bytes_per_s": self._gauge("goodput_bytes_per_second", "Delivered lately.", links),
             "cap_bytes_per_s": self._gauge("cap_bytes_per_second", "Allowed now; 0 means no cap.", links),
             "open_transfers": self._gauge("in_flight_count", "Granted, not yet acknowledged.", links),
-            "pending_bytes": self._gauge("pending_bytes", "Granted, not yet handed to TCP.", links),
+            "pending_bytes": self._gauge("pending_bytes", "Computed, not yet handed to TCP.", links),
+            "busy_ratio": self._gauge("busy_ratio", "Share of late time in which bytes waited.", links),
         }
         self._retransmitted = Counter(
             "prfaas_transfer_retransmitted_bytes_total",

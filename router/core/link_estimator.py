@@ -3,7 +3,8 @@
 One estimator for each direction of each pair of sites, feeding one LinkState. Rests on TCP's own signals
 (TCP_INFO, as prfaas_sglang/transfer/telemetry.py sums them up): a share of retransmitted bytes and a round
 trip grown above its least one say that a queue is filling somewhere, before goodput falls. Goodput is
-capacity only while bytes are waiting to be sent; an idle link says nothing and keeps its figure.
+capacity only where bytes were waiting to be sent all the while; an idle link, or one that prefill cannot
+fill, says nothing and keeps its figure.
 
     state       event                                          next         rate
     CLEAR       loss or inflated round trip, bytes waiting     CONGESTED    cut to CUT x min(rate, goodput)
@@ -38,6 +39,9 @@ DOWN_GAIN, UP_GAIN = 0.5, 0.2
 STEP = 0.05
 CLEAN = 3
 DEAD_S = 3.0
+#: Bytes must have waited for this share of the last second for goodput to be what the link gives: between the
+#: chunks of a prefill there is nothing to send.
+BUSY = 0.8
 HOLD_S, MAX_HOLD_S, FORGET_S = 2.0, 30.0, 120.0
 #: Regime of `prfaas`: abundant below the one share of the rate used, scarce again above the other.
 ABUNDANT, SCARCE = 0.5, 0.75
@@ -62,7 +66,8 @@ class Sample:
         goodput_bytes_per_s: delivered lately.
         sent_bytes, retransmitted_bytes: cumulative; they may restart.
         srtt_s, min_rtt_s: longest smoothed and least round trip, 0 when there is none yet.
-        waiting_bytes: granted and not acknowledged or not yet handed to TCP; 0 is an idle link.
+        waiting_bytes: computed and not yet handed to TCP; 0 is an idle link.
+        busy_ratio: share of the last second in which bytes waited.
     """
 
     goodput_bytes_per_s: float
@@ -71,6 +76,7 @@ class Sample:
     srtt_s: float
     min_rtt_s: float
     waiting_bytes: float
+    busy_ratio: float = 1.0
 
 
 class LinkEstimator:
@@ -108,7 +114,8 @@ class LinkEstimator:
         if self.state is not State.DOWN:
             inflated = sample.min_rtt_s > 0 and sample.srtt_s > INFLATION * sample.min_rtt_s + SLACK_S
             bad = waiting and (inflated or (sent > 0 and lost / sent > LOSS))
-            self._step(bad, waiting and delivering, elapsed_s, now_s)
+            loaded = waiting and delivering and sample.busy_ratio >= BUSY
+            self._step(bad, loaded, elapsed_s, now_s)
         self._publish()
 
     def tick(self, now_s: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import queue
 import random
 import socket
 import threading
@@ -20,7 +21,7 @@ from prfaas_sglang.core.layout import Hello, encode_hello, to_json
 from prfaas_sglang.transfer import importer, telemetry
 from prfaas_sglang.transfer.channel import Identity
 from prfaas_sglang.transfer.importer import Importer
-from prfaas_sglang.transfer.telemetry import Telemetry
+from prfaas_sglang.transfer.telemetry import LinkSample, Telemetry
 from tests.integration.transfer_support import LAYOUT, ROWS, WAIT_S, Pair, Side, assert_moved
 
 
@@ -327,6 +328,26 @@ def test_links_are_sampled_while_they_send(pair: Pair) -> None:
     pair.importer.close()
     pair.exporter.close()
     assert pair.prefill.telemetry.links() == []
+
+
+def test_what_is_not_computed_yet_does_not_wait_for_the_link(pair: Pair) -> None:
+    """Between two chunks a transfer is open and nothing of it pending: the link is idle, not dead."""
+    pair.begin(1, list(range(500)), state=0, aux=0)
+    pair.prefill.wait(1, "grant")
+    samples: queue.Queue[LinkSample] = queue.Queue()
+    note = pair.prefill.telemetry.sampled
+
+    def sampled(dst_site: str, bundle: str, sample: LinkSample) -> None:
+        samples.put(sample)
+        note(dst_site, bundle, sample)
+
+    pair.prefill.telemetry.sampled = sampled  # type: ignore[method-assign]
+    pair.exporter.send(1, list(range(250)))
+    while (found := samples.get(timeout=WAIT_S)).sent_bytes < 250 * 8192 or found.pending_bytes:
+        pass
+    assert (found.open_transfers, found.pending_bytes) == (1, 0)
+    while samples.get(timeout=WAIT_S).busy_ratio > 0.1:  # and its figures say nothing of the link
+        pass
 
 
 def test_telemetry_answers_by_room() -> None:

@@ -190,6 +190,21 @@ def test_export_refuses_what_does_not_fit_prompt_or_grant() -> None:
                 session.chunk(**arguments)  # type: ignore[arg-type]
 
 
+def test_only_what_was_offered_could_be_under_way() -> None:
+    """Three pages of which decode holds one: nothing before a chunk, then chunk by chunk, all at the end."""
+    session = ExportSession(LAYOUT, prompt_pages=3)
+    offered = [session.offered_bytes]
+    session.accept(Grant(1, 2, LAYOUT.page_size, (1, 2)))
+    offered.append(session.offered_bytes)
+    for page in (7, 8):
+        session.chunk([page])
+        offered.append(session.offered_bytes)
+    session.chunk([9], states=[[0], [0, 1]], aux_row=0, last=True)
+    page_bytes = LAYOUT.components[0].bytes_per_row
+    assert offered == [0, 0, 0, page_bytes]
+    assert session.offered_bytes == session.total_bytes > 2 * page_bytes
+
+
 @pytest.mark.parametrize(
     ("grant", "message"),
     [

@@ -30,6 +30,7 @@ class Trace:
         demand: float = 2 * CAPACITY,
         loss: float = 0.0,
         srtt_s: float = 0.04,
+        busy: float = 1.0,
     ) -> list[float]:
         rates = []
         for _ in range(seconds):
@@ -38,7 +39,8 @@ class Trace:
             self.sent += goodput
             self.lost += goodput * loss
             waiting = 1e8 if demand > capacity or loss else 0.0
-            self.estimator.observe(Sample(goodput, self.sent, self.lost, srtt_s, 0.04, waiting), self.now_s)
+            sample = Sample(goodput, self.sent, self.lost, srtt_s, 0.04, waiting, busy)
+            self.estimator.observe(sample, self.now_s)
             self.estimator.tick(self.now_s)
             rates.append(self.link.rate_bytes_per_s)
         return rates
@@ -50,6 +52,13 @@ def test_a_drop_is_followed_within_seconds_and_taken_back() -> None:
     trace.run(5)
     assert trace.run(5, capacity=0.2 * CAPACITY)[3] < 0.27 * CAPACITY
     assert trace.run(30)[-1] > 0.95 * CAPACITY
+
+
+def test_a_prefill_slower_than_the_link_says_nothing_of_the_link() -> None:
+    """Chunks come with pauses: a tenth of the capacity, bytes waiting at every sample, keep the rate."""
+    trace = Trace()
+    assert trace.run(60, capacity=0.1 * CAPACITY, busy=0.3)[-1] == CAPACITY
+    assert trace.run(10, capacity=0.1 * CAPACITY, busy=0.95)[-1] < 0.15 * CAPACITY
 
 
 def test_loss_and_round_trip_act_before_goodput_falls() -> None:
