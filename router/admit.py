@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from cache_service.core.errors import Rejected
 from router.config import ClassSeconds, RouterConfig
-from router.core.admission import AdmissionQueue, Limits, Outcome, Result, Ticket
+from router.core.admission import AdmissionQueue, Limits, Outcome, Result, Ticket, ticket_for
 from router.core.decision import Decision, RequestClass
 from router.core.workers import Role
 from router.links import LinkTable
@@ -76,11 +76,10 @@ class Gate:
             await asyncio.sleep(PERIOD_S)
 
     def _set_links(self) -> None:
-        for key, link in self._table.links.items():
-            rate = link.rate_bytes_per_s if link.usable else 0.0
-            # What waits for its prefill does not need the link yet.
-            horizon_s = self._config.link_horizon_s + self._table.fleet.mean_queued_s(link.src)
-            self.queue.set_link(key, rate * horizon_s, rate)
+        for link in self._table.links.values():
+            self.queue.follow_link(
+                link, self._config.link_horizon_s, self._table.fleet.mean_queued_s(link.src)
+            )
 
     def _settle(self, results: Sequence[Result]) -> None:
         for result in results:
@@ -92,21 +91,8 @@ class Gate:
         self, ticket_id: str, decision: Decision, tokens: int, terms: tuple[RequestClass, str, float]
     ) -> Ticket:
         """Return what `decision` asks for; `terms` are class, tenant and arrival on the loop's clock."""
-        request_class, tenant, arrived_s = terms
-        key = (decision.prefill.site, decision.decode.site)
-        return Ticket(
-            ticket_id,
-            request_class,
-            tenant,
-            cost=float(max(1, decision.uncached_tokens)),
-            decode=decision.decode.worker_id,
-            pages=-(-tokens // decision.decode.page_tokens),
-            arrived_s=arrived_s,
-            link=key if key in self._table.links else None,
-            link_bytes=decision.wire_bytes,
-            service_s=decision.predicted.ttft_s,
-            local_s=decision.local_s,
-        )
+        pages = -(-tokens // decision.decode.page_tokens)
+        return ticket_for(decision, ticket_id, terms, pages=pages, links=self._table.links)
 
     @contextlib.asynccontextmanager
     async def enter(self, ticket: Ticket) -> AsyncIterator[Outcome]:

@@ -26,7 +26,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from router.core.decision import RequestClass
+from router.core.decision import Decision, Links, LinkState, RequestClass
 
 #: Share of each class while all wait, most urgent first.
 WEIGHTS = {RequestClass.INTERACTIVE: 16, RequestClass.STANDARD: 4, RequestClass.BATCH: 1}
@@ -90,6 +90,32 @@ class Ticket:
     service_s: float = 0.0
     local_s: float = math.inf
     deadline_s: float = math.inf
+
+
+def ticket_for(
+    decision: Decision,
+    ticket_id: str,
+    terms: tuple[RequestClass, str, float],
+    *,
+    pages: int,
+    links: Links,
+) -> Ticket:
+    """Return what `decision` asks for; `terms` are class, tenant and arrival, `links` those with a budget."""
+    request_class, tenant, arrived_s = terms
+    key = (decision.prefill.site, decision.decode.site)
+    return Ticket(
+        ticket_id,
+        request_class,
+        tenant,
+        cost=float(max(1, decision.uncached_tokens)),
+        decode=decision.decode.worker_id,
+        pages=pages,
+        arrived_s=arrived_s,
+        link=key if key in links else None,
+        link_bytes=decision.wire_bytes,
+        service_s=decision.predicted.ttft_s,
+        local_s=decision.local_s,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +183,14 @@ class AdmissionQueue:
         """Say how many bytes may be under way on a link, and how fast it carries them."""
         budget = self.links.setdefault(link, Budget())
         budget.size, budget.per_s = max(0.0, budget_bytes), max(0.0, bytes_per_s)
+
+    def follow_link(self, link: LinkState, horizon_s: float, queued_s: float) -> None:
+        """Set a link's budget: what it carries in `horizon_s`, and while prompts wait for their prefill.
+
+        `queued_s`: how long they do at its source, in the mean; they do not need the link yet.
+        """
+        rate = link.rate_bytes_per_s if link.usable else 0.0
+        self.set_link((link.src, link.dst), rate * (horizon_s + queued_s), rate)
 
     def set_decode(self, worker: Hashable, pages: int) -> None:
         """Say how many KV pages a decode worker has."""

@@ -14,7 +14,7 @@ import msgspec
 
 from cache_service.core.errors import Unavailable
 from cache_service.core.ids import SiteId, WorkerId
-from router.core.admission import AdmissionQueue, Outcome, Result, Ticket
+from router.core.admission import AdmissionQueue, Outcome, Result, ticket_for
 from router.core.decision import Decision, Policy, PolicyName, Request, RequestClass
 from router.core.policy import choose
 from router.core.profile import ModelProfile
@@ -126,9 +126,9 @@ class Simulation:
 
     def run(self) -> Records:
         """Run to the end; return what happened."""
-        for key, link in self.links.items():
+        for link in self.links.values():
             if self.queue is not None:
-                self._budget(key, link)
+                self._budget(link)
         for name in self.decodes:
             self._pages(name)
         if self._mixed and self.queue is not None:
@@ -146,11 +146,10 @@ class Simulation:
         if self.queue is not None:
             self.queue.set_decode(name, _NO_BUDGET)
 
-    def _budget(self, key: tuple[SiteId, SiteId], link: Link) -> None:
+    def _budget(self, link: Link) -> None:
         assert self.queue is not None
-        rate = link.state.rate_bytes_per_s if link.state.usable else 0.0
-        horizon_s = self.scenario.link_horizon_s + self.fleet.mean_queued_s(key[0])
-        self.queue.set_link(key, rate * horizon_s, rate)
+        queued_s = self.fleet.mean_queued_s(link.state.src)
+        self.queue.follow_link(link.state, self.scenario.link_horizon_s, queued_s)
 
     def _next_arrival(self, job: Job | None) -> None:
         following = next(self._arrivals, None)
@@ -189,15 +188,11 @@ class Simulation:
         if self.queue is None:
             self._dispatch(job, decision)
             return
-        key = (decision.prefill.site, decision.decode.site)
         name = f"{job.number}/{job.attempt}"
-        ticket = Ticket(
-            name, job.request_class, job.tenant, float(max(1, decision.uncached_tokens)),
-            decision.decode.worker_id, 0, job.arrived_s, key if key in self.links else None,
-            decision.wire_bytes, decision.predicted.ttft_s, decision.local_s,
-        )  # fmt: skip
+        terms = (job.request_class, job.tenant, job.arrived_s)
+        ticket = ticket_for(decision, name, terms, pages=0, links=self.states)
         if ticket.link is not None:
-            self._budget(key, self.links[key])
+            self._budget(self.links[decision.prefill.site, decision.decode.site])
         self._waiting[name] = (job, decision)
         self._settle(self.queue.offer(ticket, self.clock.now_s))
         if self.queue.waiting and not self._polling:
@@ -206,8 +201,8 @@ class Simulation:
 
     def _poll(self, _: object) -> None:
         assert self.queue is not None
-        for key, link in self.links.items():
-            self._budget(key, link)
+        for link in self.links.values():
+            self._budget(link)
         self._settle(self.queue.poll(self.clock.now_s))
         self._polling = self.queue.waiting > 0
         if self._polling:

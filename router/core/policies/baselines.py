@@ -15,7 +15,7 @@ from router.core.workers import Pool
 
 def local(ways: Ways) -> Decision:
     """Prefill in the home site; elsewhere only if that cannot."""
-    worker = ways.affine(ways.request.home)
+    worker = ways.at_home
     if worker is not None:
         return ways.decided(ways.option(worker, None), Reason.POLICY_LOCAL)
     remote = best_remote(ways)
@@ -27,7 +27,7 @@ def remote(ways: Ways) -> Decision:
     found = best_remote(ways)
     if found is not None:
         return ways.decided(ways.option(*found), Reason.POLICY_REMOTE)
-    worker = ways.affine(ways.request.home)
+    worker = ways.at_home
     option = None if worker is None else ways.option(worker, None)
     return ways.decided(option, Reason.REMOTE_UNAVAILABLE)
 
@@ -56,7 +56,7 @@ def round_robin(ways: Ways) -> Decision:
 def cache_aware(ways: Ways) -> Decision:
     """Prefer the longest prefix at home while its queue is not out of balance."""
     home, policy = ways.request.home, ways.policy
-    least, longest = ways.least(home), ways.affine(home)
+    least, longest = ways.least(home), ways.at_home
     if least is None or longest is None:
         return local(ways)
     ahead = longest.jobs - least.jobs

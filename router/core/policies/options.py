@@ -57,6 +57,7 @@ class Ways:
         "_held",
         "_holders",
         "_seconds",
+        "at_home",
         "decode",
         "fleet",
         "links",
@@ -84,6 +85,8 @@ class Ways:
         self._bytes: dict[int, float] = {}
         self._seconds: dict[int, Callable[[int], float]] = {}
         self._holders: dict[SiteId, list[WorkerState]] = {}
+        #: The home site's worker with the longest prefix, None when nobody there can take the request.
+        self.at_home = self.affine(request.home)
 
     def _decode(self) -> WorkerState:
         request = self.request
@@ -246,16 +249,14 @@ class Ways:
 
     def local_uncached(self) -> int:
         """Return the prompt less the best match in the home site."""
-        worker = self.affine(self.request.home)
-        return self.request.total_tokens - (self.matched(worker) if worker is not None else 0)
+        return self.request.total_tokens - (self.matched(self.at_home) if self.at_home is not None else 0)
 
     def local_s(self) -> float:
         """Return the predicted time to first token at home, with its longest prefix or its least queue."""
-        home = self.request.home
         return min(
             (
                 worker.wait_s(self.now_s) + self.prefill_s(worker, self.matched(worker))
-                for worker in (self.least(home), self.affine(home))
+                for worker in (self.least(self.request.home), self.at_home)
                 if worker is not None
             ),
             default=math.inf,
@@ -266,7 +267,6 @@ class Ways:
         option: Option | None,
         reason: Reason,
         *,
-        local_uncached: int | None = None,
         threshold: int | None = None,
     ) -> Decision:
         """Return the decision for `option`. Raises Unavailable when it is None: nothing was left."""
@@ -284,7 +284,7 @@ class Ways:
             decode=self.decode,
             matched_tokens=option.matched,
             uncached_tokens=self.request.total_tokens - option.matched,
-            local_uncached_tokens=self.local_uncached() if local_uncached is None else local_uncached,
+            local_uncached_tokens=self.local_uncached(),
             threshold_tokens=self.policy.threshold_tokens if threshold is None else threshold,
             wire_bytes=option.wire_bytes,
             cost=option.cost,

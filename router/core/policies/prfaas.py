@@ -35,21 +35,19 @@ def best_remote(ways: Ways) -> tuple[WorkerState, LinkState] | None:
 def decide(ways: Ways) -> Decision:
     """Return the paper's route."""
     request, policy = ways.request, ways.policy
-    home, remote = ways.affine(request.home), best_remote(ways)
-    local_uncached = request.total_tokens - (ways.matched(home) if home is not None else 0)
+    home, remote = ways.at_home, best_remote(ways)
+    local_uncached = ways.local_uncached()
     threshold = policy.threshold_tokens
     if remote is None:
         option = None if home is None else ways.option(home, None)
         reason = Reason.WITHIN_THRESHOLD if local_uncached <= threshold else Reason.REMOTE_UNAVAILABLE
-        return ways.decided(option, reason, local_uncached=local_uncached)
+        return ways.decided(option, reason)
     worker, link = remote
     busy = min(1.0, ways.link_wait_s(link) / policy.max_link_wait_s)
     threshold = int(threshold * (1.0 + busy))
     if home is None:
         reason = Reason.LOCAL_UNAVAILABLE if local_uncached <= threshold else Reason.ABOVE_THRESHOLD
-        return ways.decided(
-            ways.option(worker, link), reason, local_uncached=local_uncached, threshold=threshold
-        )
+        return ways.decided(ways.option(worker, link), reason, threshold=threshold)
     judged = local_uncached
     move = policy.can_pull and link.abundant
     if move:
@@ -66,4 +64,4 @@ def decide(ways: Ways) -> Decision:
         source = home
     if move:
         chosen = ways.pulled(chosen.worker, chosen.link, source) or chosen
-    return ways.decided(chosen, reason, local_uncached=local_uncached, threshold=threshold)
+    return ways.decided(chosen, reason, threshold=threshold)
