@@ -8,14 +8,13 @@ the blocks' local hashes. Dynamo's package is installed on first use below .cach
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
 
-from benchmarks.transfer.peers import HOME, Missing
+from benchmarks.transfer.peers import HOME, Missing, command
 from cache_service.core.ids import SourceId, WorkerId
 from cache_service.core.index import PrefixIndex
 from cache_service.native.index import NativeIndex, missing
@@ -140,21 +139,11 @@ class Dynamo:
     name = "RadixTree (Dynamo)"
 
     def __init__(self) -> None:
-        folder = HOME / "dynamo"
+        folder = HOME / "dynamo-binding"
         stamp = folder / "installed"
         if not stamp.exists() or stamp.read_text() != PACKAGE:
             pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
-            try:
-                done = subprocess.run(
-                    [*pip, "--no-deps", "--upgrade", "--target", str(folder), PACKAGE],
-                    capture_output=True,
-                    text=True,
-                    timeout=300,
-                )
-            except (OSError, subprocess.SubprocessError) as error:
-                raise Missing(f"pip: {error}") from error
-            if done.returncode:
-                raise Missing(f"{PACKAGE}: {(done.stderr.strip().splitlines() or ['no message'])[-1][:160]}")
+            command(*pip, "--no-deps", "--upgrade", "--target", str(folder), PACKAGE)
             stamp.write_text(PACKAGE)
         if str(folder) not in sys.path:
             sys.path.append(str(folder))

@@ -12,12 +12,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / ".cache" / "peers"
 PACKAGES = ("mooncake-transfer-engine-non-cuda==0.3.13.post1", "nixl==1.5.1", "nixl-cu12==1.5.1")
+COMMAND_S = 600.0
 DEBIAN = ("iperf3", "libiperf0", "libsctp1")
 
 
@@ -38,21 +40,40 @@ def ours() -> Found:
     return Found([sys.executable], {"OMP_NUM_THREADS": "1"})
 
 
+def environment(
+    name: str, packages: Sequence[str], requirements: Sequence[str] = (), *, sees_ours: bool = False
+) -> Path:
+    """Return the interpreter of a virtual environment below .cache/peers, made when it is not as wanted.
+
+    Args:
+        packages: installed without their own requirements, some of which need a GPU driver or a CUDA torch.
+        requirements: installed with theirs.
+        sees_ours: this interpreter's packages can be imported there too.
+
+    Raises Missing when it cannot be made.
+    """
+    home = HOME / name
+    python, stamp = home / "bin" / "python", home / "installed"
+    wanted = " ".join((*packages, *requirements))
+    if not stamp.exists() or stamp.read_text() != wanted:
+        shutil.rmtree(home, ignore_errors=True)
+        command(sys.executable, "-m", "venv", "--without-pip", str(home))
+        if sees_ours:
+            (site,) = (home / "lib").glob("python*/site-packages")
+            (site / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python))
+        command(*pip, "install", "--quiet", "--no-deps", *packages)
+        if requirements:
+            command(*pip, "install", "--quiet", *requirements)
+        stamp.write_text(wanted)
+    return python
+
+
 def python_peer(module: str) -> Found:
     """Return the interpreter with Mooncake and NIXL. Raises Missing."""
-    python = HOME / "venv" / "bin" / "python"
-    stamp = HOME / "venv" / "installed"
-    if not stamp.exists() or stamp.read_text() != " ".join(PACKAGES):
-        shutil.rmtree(HOME / "venv", ignore_errors=True)
-        _command(sys.executable, "-m", "venv", "--without-pip", str(HOME / "venv"))
-        (site,) = (HOME / "venv" / "lib").glob("python*/site-packages")
-        (site / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        # without their requirements: those name a CUDA torch
-        pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python))
-        _command(*pip, "install", "--quiet", "--no-deps", *PACKAGES)
-        stamp.write_text(" ".join(PACKAGES))
+    python = environment("venv", PACKAGES, sees_ours=True)
     found = Found([str(python)], {"UCX_TLS": "tcp,self", "OMP_NUM_THREADS": "1", "MC_LOG_LEVEL": "ERROR"})
-    _command(*found.argv, "-c", f"import {module}", env=found.env)
+    command(*found.argv, "-c", f"import {module}", env=found.env)
     return found
 
 
@@ -65,7 +86,7 @@ def default_cc(name: str) -> dict[str, str]:
     source = Path(__file__).with_name("default_cc.c")
     if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
         HOME.mkdir(parents=True, exist_ok=True)
-        _command("gcc", "-O1", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl")
+        command("gcc", "-O1", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl")
     return {"LD_PRELOAD": str(library), "BENCH_DEFAULT_CC": name}
 
 
@@ -80,22 +101,29 @@ def iperf3() -> Found:
         if not shutil.which("apt-get"):
             raise Missing("iperf3 is not installed")
         folder.mkdir(parents=True, exist_ok=True)
-        _command("apt-get", "download", "-qq", *DEBIAN, cwd=folder)
+        command("apt-get", "download", "-qq", *DEBIAN, cwd=folder)
         for package in folder.glob("*.deb"):
-            _command("dpkg-deb", "-x", str(package), str(folder))
+            command("dpkg-deb", "-x", str(package), str(folder))
     libraries = ":".join(str(p) for p in (folder / "usr" / "lib").glob("*-linux-gnu"))
     found = Found([str(program)], {"LD_LIBRARY_PATH": libraries})
-    _command(*found.argv, "--version", env=found.env)
+    command(*found.argv, "--version", env=found.env)
     return found
 
 
-def _command(*argv: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> None:
+def command(*argv: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
+    """Run a command; return what it printed. Raises Missing when it fails or takes longer than COMMAND_S."""
     try:
         done = subprocess.run(
-            argv, capture_output=True, text=True, timeout=300, cwd=cwd, env={**os.environ, **(env or {})}
+            argv,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_S,
+            cwd=cwd,
+            env={**os.environ, **(env or {})},
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise Missing(f"{argv[0]}: {error}") from error
     if done.returncode:
         words = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
         raise Missing(f"{Path(argv[0]).name}: {words[-1][:160]}")
+    return done.stdout
