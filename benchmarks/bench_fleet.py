@@ -11,7 +11,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from benchmarks.fleet.pairs import Timing, WorkerFailed, Workers
+from benchmarks.fleet.pairs import Timing, Workers
+from benchmarks.fleet.sides import WorkerFailed
 from benchmarks.harness import Row, run
 from benchmarks.transfer.ends import link
 from tests.wan.link import missing

@@ -1,15 +1,12 @@
 """A prefill worker on side a of an emulated link and a decode worker on side b, real SGLang on CPU.
 
-One fork server per side (its workers inherit its network namespace), two workers per backend.
+Two workers per backend.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import secrets
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,20 +16,14 @@ from typing import Any
 
 import requests
 
+from benchmarks.fleet.sides import START_S, Sides, WorkerFailed
 from prfaas_sglang.cpu.environment import cpu_arguments
-from prfaas_sglang.cpu.zygote import Zygote
-from prfaas_sglang.fleet.launch import cache_dir
 from tests.wan.link import Wan
 
-START_S = 150.0
 REQUEST_S = 60.0
 CONTEXT = 4096
 #: Ports of the first backend's workers; the namespaces are empty, so they are free.
 HTTP_PORT, BOOTSTRAP_PORT, STEP = 31000, 32000, 10
-
-
-class WorkerFailed(RuntimeError):
-    """A worker did not start or answered with an error."""
 
 
 @dataclass(frozen=True)
@@ -44,61 +35,30 @@ class Timing:
     tokens: list[int]
 
 
-def model(family: str = "gdn") -> Path:
-    """Return the tiny checkpoint, built in a process of its own when it is not in the cache."""
-    code = "import sys; from pathlib import Path; from prfaas_sglang.cpu import models\n"
-    code += "print(models.cached(sys.argv[1], Path(sys.argv[2])))"
-    argv = [sys.executable, "-c", code, family, str(cache_dir() / "models")]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=True)
-    return Path(done.stdout.strip().splitlines()[-1])
-
-
-class Workers:
+class Workers(Sides):
     """The pairs of several backends on one link. Use as a context manager."""
 
     def __init__(self, wan: Wan, folder: Path, backends: tuple[str, ...]) -> None:
-        self._wan, self._folder, self.backends = wan, folder, backends
-        self._zygotes: dict[str, Zygote] = {}
+        super().__init__(wan, folder)
+        self.backends = backends
         self._clients: dict[str, tuple[requests.Session, requests.Session]] = {}
         self._pool: ThreadPoolExecutor | None = None
-        self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> Workers:
-        try:
-            self._start()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-        for zygote in self._zygotes.values():
-            zygote.stop(0)
-
-    def _start(self) -> None:
-        checkpoint = model()
-        for side in ("a", "b"):
-            with self._wan.entered(side):
-                self._zygotes[side] = Zygote.start(self._folder / f"zygote-{side}.log")
-        # from here on this thread, and the threads it starts, act at side b, where clients are
-        self._stack.enter_context(self._wan.entered("b"))
+    def _start_workers(self) -> None:
         self._pool = self._stack.enter_context(ThreadPoolExecutor(4))
-        for zygote in self._zygotes.values():
-            zygote.wait_ready(START_S)
         pids = {}
         for number, backend in enumerate(self.backends):
             for side, role in (("a", "prefill"), ("b", "decode")):
-                pids[(backend, side)] = self._spawn(checkpoint, backend, number, side, role)
+                pids[backend, side, role] = self._spawn(backend, number, side, role)
             self._clients[backend] = (requests.Session(), requests.Session())
         deadline_s = time.monotonic() + START_S
-        for (backend, side), pid in pids.items():
-            self._wait(backend, side, pid, deadline_s)
+        for (backend, side, role), pid in pids.items():
+            self._until_started(side, pid, self._url(backend, side), f"{backend}-{role}", deadline_s)
 
-    def _spawn(self, checkpoint: Path, backend: str, number: int, side: str, role: str) -> int:
-        address = self._wan.address(side)
+    def _spawn(self, backend: str, number: int, side: str, role: str) -> int:
+        address = self.wan.address(side)
         argv = [
-            *("--model-path", str(checkpoint), "--served-model-name", "tiny"),
+            *("--model-path", str(self._model), "--served-model-name", "tiny"),
             *("--host", address, "--port", str(HTTP_PORT + STEP * number)),
             *("--page-size", "64", "--context-length", str(CONTEXT), "--max-total-tokens", "8192"),
             *("--chunked-prefill-size", "512", "--max-running-requests", "8"),
@@ -107,7 +67,7 @@ class Workers:
             *("--disaggregation-mode", role, "--disaggregation-transfer-backend", backend),
             *("--disaggregation-bootstrap-port", str(BOOTSTRAP_PORT + STEP * number)),
         ]
-        env = {"SGLANG_HOST_IP": address, "SGLANG_LOCAL_IP_NIC": self._wan.name, "MC_LOG_LEVEL": "ERROR"}
+        env = {"SGLANG_HOST_IP": address, "SGLANG_LOCAL_IP_NIC": self.wan.name, "MC_LOG_LEVEL": "ERROR"}
         if backend == "prfaas":
             config = {"worker_id": role, "site": side.upper(), "listen_host": address, "insecure": True}
             env["PRFAAS_CONFIG"] = json.dumps(config)
@@ -116,17 +76,7 @@ class Workers:
 
     def _url(self, backend: str, side: str) -> str:
         port = HTTP_PORT + STEP * self.backends.index(backend)
-        return f"http://{self._wan.address(side)}:{port}"
-
-    def _wait(self, backend: str, side: str, pid: int, deadline_s: float) -> None:
-        while self._zygotes[side].wait(pid, 0.1) is None and time.monotonic() < deadline_s:
-            with contextlib.suppress(requests.ConnectionError, requests.Timeout):
-                if requests.get(self._url(backend, side) + "/health", timeout=5).status_code == 200:
-                    return
-        role = "prefill" if side == "a" else "decode"
-        lines = (self._folder / f"{backend}-{role}.log").read_text(errors="replace").splitlines()
-        errors = [line for line in lines if "Error" in line] or lines or ["no message"]
-        raise WorkerFailed(f"{backend} {role} did not start: {errors[-1][:160]}")
+        return f"http://{self.wan.address(side)}:{port}"
 
     def generate(self, backend: str, prompt: list[int], new_tokens: int) -> Timing:
         """Send one request to both workers of a pair, as the router does, and time decode's stream."""
@@ -134,7 +84,7 @@ class Workers:
             "rid": secrets.token_hex(8),
             "input_ids": prompt,
             "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
-            "bootstrap_host": self._wan.address("a"),
+            "bootstrap_host": self.wan.address("a"),
             "bootstrap_port": BOOTSTRAP_PORT + STEP * self.backends.index(backend),
             "bootstrap_room": secrets.randbits(62),
         }

@@ -1,8 +1,4 @@
-"""The fleet: site A prefills, site B prefills and decodes; real SGLang on CPU, the real router, a 40 ms link.
-
-One fork server per side of the link (its workers inherit its network namespace). The thread that enters
-stands at site B, where the clients are.
-"""
+"""The fleet: site A prefills, site B prefills and decodes; real SGLang on CPU, the real router, a 40 ms link."""
 
 from __future__ import annotations
 
@@ -18,15 +14,13 @@ from typing import Any
 import requests
 import yaml
 
-from benchmarks.fleet.pairs import WorkerFailed, model
+from benchmarks.fleet.sides import START_S, Sides, until_healthy
 from benchmarks.transfer.peers import ROOT
 from prfaas_sglang.cpu.environment import cpu_arguments
-from prfaas_sglang.cpu.zygote import Zygote
 from router.core.profile import ModelProfile, to_dict
 from router.plan.measure import Options
 from tests.wan.link import Wan
 
-START_S = 150.0
 PAGE, CHUNK, CONTEXT = 64, 512, 4096
 MAX_RUNNING = 16
 CACHE_TOKENS, STATES = 65536, 96
@@ -37,47 +31,21 @@ ROUTER_PORT, INDEX_PORT, METRICS_PORT = 30000, 30001, 30002
 WORKERS = {"a-prefill": ("a", "prefill"), "b-prefill": ("b", "prefill"), "b-decode": ("b", "decode")}
 
 
-class SimFleet:
+class SimFleet(Sides):
     """The workers on the two sides of `wan`, and a router when asked for. Use as a context manager.
 
     indexed: prefill workers tell what they hold, and a router is given a cache service that listens.
     """
 
     def __init__(self, wan: Wan, folder: Path, indexed: bool = False) -> None:
-        self.wan, self._folder, self._indexed = wan, folder, indexed
-        self._zygotes: dict[str, Zygote] = {}
-        self._stack = contextlib.ExitStack()
-        self._model = Path()
+        super().__init__(wan, folder)
+        self._indexed = indexed
 
-    def __enter__(self) -> SimFleet:
-        try:
-            self._start()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-        for zygote in self._zygotes.values():
-            zygote.stop(0)
-
-    def _start(self) -> None:
-        self._model = model()
-        for side in ("a", "b"):
-            with self.wan.entered(side):
-                self._zygotes[side] = Zygote.start(self._folder / f"zygote-{side}.log")
-        self._stack.enter_context(self.wan.entered("b"))
-        for zygote in self._zygotes.values():
-            zygote.wait_ready(START_S)
+    def _start_workers(self) -> None:
         pids = {name: self._spawn(name) for name in WORKERS}
         deadline_s = time.monotonic() + START_S
         for name, pid in pids.items():
-            zygote = self._zygotes[WORKERS[name][0]]
-            _until_healthy(
-                self.url(name), lambda zygote=zygote, pid=pid: zygote.wait(pid, 0.1) is None,  # type: ignore[misc]
-                deadline_s, name, self._folder / f"{name}.log",
-            )  # fmt: skip
+            self._until_started(WORKERS[name][0], pid, self.url(name), name, deadline_s)
 
     def _spawn(self, name: str) -> int:
         side, role = WORKERS[name]
@@ -240,7 +208,7 @@ class SimFleet:
         try:
             url = f"http://{self.wan.address('b')}:{port}"
             deadline_s = time.monotonic() + START_S
-            _until_healthy(
+            until_healthy(
                 url, lambda: not time.sleep(0.05) and process.poll() is None, deadline_s, module, log_path
             )
             yield
@@ -251,14 +219,3 @@ class SimFleet:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def _until_healthy(url: str, running: Any, deadline_s: float, name: str, log_path: Path) -> None:
-    """Wait for /health. Raises WorkerFailed with the last error that the process wrote."""
-    while running() and time.monotonic() < deadline_s:
-        with contextlib.suppress(requests.ConnectionError, requests.Timeout):
-            if requests.get(url + "/health", timeout=5).status_code == 200:
-                return
-    lines = log_path.read_text(errors="replace").splitlines()
-    errors = [line for line in lines if "Error" in line] or lines or ["no message"]
-    raise WorkerFailed(f"{name} did not start: {errors[-1][:160]}")
