@@ -1,4 +1,4 @@
-"""The fleet: site A prefills, site B prefills and decodes; real SGLang on CPU, the real router, a 40 ms link."""
+"""Site A prefills, site B prefills and decodes: real SGLang on CPU, the real router, a 40 ms link."""
 
 from __future__ import annotations
 
