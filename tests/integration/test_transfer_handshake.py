@@ -25,7 +25,7 @@ from prfaas_sglang.transfer import channel, listener, telemetry, tls
 from prfaas_sglang.transfer.tls import Tls, TlsFiles, shake
 from prfaas_sglang.transfer.wire import Wire
 from tests.integration.authority import Authority
-from tests.integration.transfer_support import LAYOUT, WAIT_S, Pair, assert_moved
+from tests.integration.transfer_support import LAYOUT, NO_ROOM, WAIT_S, Pair, assert_moved
 
 DAY = datetime.timedelta(days=1)
 PEM = serialization.Encoding.PEM
@@ -421,5 +421,6 @@ def test_refusals_are_counted_by_reason(ours: Signer) -> None:
     with closing(Pair(**contexts, prefill_peers=("X",))) as pair:
         pair.begin(1, [1], state=0, aux=0)
         pair.decode.wait(1, "failed")
+        pair.prefill.wait(NO_ROOM, "refused site")  # it tells its peer first, then counts
         text = telemetry.generate_latest(pair.prefill.telemetry.registry).decode()
         assert 'prfaas_transfer_refused_peers_total{reason="site"' in text

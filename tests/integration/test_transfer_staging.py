@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pytest
 
-from cache_service.core.errors import TransferError
+from cache_service.core.errors import LocalProtocolError, TransferError
 from tests.integration.transfer_support import LAYOUT, WAIT_S, Pair, assert_moved
 
 STAGING = 4 << 20
@@ -221,7 +221,7 @@ def test_many_rooms_at_once_with_aborts_leave_nothing_behind(pair: Pair) -> None
             if room in doomed and room % 2:
                 pair.exporter.abort(room, "changed my mind")
             pair.exporter.send(room, part[4:], states=[[room % 16]], aux_row=room % 8, last=True)
-        except TransferError:
+        except (TransferError, LocalProtocolError):  # the latter where a late grant opened the room anew
             assert room in doomed
 
     def decode(room: int) -> None:

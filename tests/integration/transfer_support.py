@@ -15,6 +15,7 @@ from prfaas_sglang.transfer.telemetry import Telemetry, TransferRecord
 from prfaas_sglang.transfer.tls import Tls
 
 WAIT_S = 20
+NO_ROOM = -1  # what a side hears that belongs to no request
 LAYOUT = Layout(
     engine="test 1",
     model="tiny",
@@ -31,7 +32,7 @@ ROWS = (512, 16, 8)
 
 
 class _Telemetry(Telemetry):
-    """Tells the test when a record is there."""
+    """Tells the test when a record is there, and when a peer was refused."""
 
     def __init__(self, side: Side) -> None:
         super().__init__("X")
@@ -40,6 +41,10 @@ class _Telemetry(Telemetry):
     def record(self, record: TransferRecord) -> None:
         super().record(record)
         self._side.hear(record.room, "ended")
+
+    def refused(self, reason: str) -> None:
+        super().refused(reason)
+        self._side.hear(NO_ROOM, f"refused {reason}")
 
 
 class Side:
