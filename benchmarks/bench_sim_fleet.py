@@ -25,6 +25,7 @@ from benchmarks.sim_fleet.fleet import CACHE_TOKENS, CHUNK, PAGE, STATES, SimFle
 from benchmarks.sim_fleet.load import Mix, Seen
 from benchmarks.sim_fleet.predict import Engine, Figures, Measured
 from benchmarks.transfer.ends import link
+from router.simulate.spec import SharedCores
 from tests.wan.link import missing
 
 #: Of the mean TTFT.
@@ -109,9 +110,12 @@ def _measure(case: Case, smoke: bool) -> list[Row]:
                 wan.reset()
                 with company() as others:
                     seen = load.replay(url, arrivals, seed)
-                plain = predict.run(known, ENGINE, case.policy, arrivals, seed)
-                shared = predict.run_sharing(known, ENGINE, case.policy, arrivals, seed)
-                found.append((seen_figures(seen), predict.simulated(plain), predict.simulated(shared)))
+                runs = [
+                    predict.run(each, ENGINE, case.policy, arrivals, seed)
+                    for each in (known, replace(known, shared_cores=SharedCores()))
+                ]
+                ours, apart = (predict.simulated(records) for records in runs)
+                found.append((seen_figures(seen), ours, apart))
                 notes.append(_note(seen, rate, others[0], wan.stats().reliable))
     return rows + _rows(case, found, notes)
 
@@ -185,10 +189,8 @@ def _parameters(case: Case, told: Measured) -> list[Row]:
         )
     row("link", "Mbit/s", told.rate_bytes_per_s * 8e-6, f"round trip {told.rtt_s * 1e3:.1f} ms")
     row("a request beside its prefill", "ms", told.request_s * 1e3)
-    slow = told.slowdowns
-    note = (
-        f"beside decoding {slow.decode:.2f}, beside both {slow.both:.2f}; not told, but in the rows `sharing`"
-    )
+    slow = told.shared_cores
+    note = f"beside decoding {slow.decode:.2f}, beside both {slow.both:.2f}"
     row("a prefill beside another", "x", slow.prefill, note)
     return rows
 
@@ -199,7 +201,7 @@ def _rows(case: Case, found: Sequence[tuple[Figures, Figures, Figures]], notes: 
     def median(which: int, pick: Callable[[Figures], float]) -> float:
         return statistics.median(pick(each[which]) for each in found)
 
-    for which, label in ((1, ""), (2, ", sharing")):
+    for which, label in ((1, ""), (2, ", had each its own cores")):
         for field in fields(Figures):
             if field.name not in UNITS:
                 continue
@@ -221,7 +223,7 @@ def _rows(case: Case, found: Sequence[tuple[Figures, Figures, Figures]], notes: 
                     median(which, pick),
                     median(0, pick),
                     "the fleet",
-                    within=BAR if field.name == "mean_s" else None,
+                    within=BAR if field.name == "mean_s" and not label else None,
                     kind="simulated",
                     note=note,
                 )

@@ -12,11 +12,11 @@ from dataclasses import replace
 
 from benchmarks.sim_fleet import load
 from benchmarks.sim_fleet.fleet import SimFleet
-from benchmarks.sim_fleet.machine import Slowdowns
 from benchmarks.sim_fleet.predict import HOME, Measured
 from router.core.profile import ModelProfile
 from router.core.profile_fit import Fit, fit
 from router.plan import measure
+from router.simulate.spec import SharedCores
 from tests.wan.link import Wan
 
 #: Longest decode step that is looked at; the largest batch is what the worker takes.
@@ -36,8 +36,8 @@ def parameters(fleet: SimFleet, lengths: tuple[int, ...], repeats: int) -> Measu
     short = lengths[:3]  # where the prefill is short, so is the error of its fitted curve
     with fleet.routed({"name": "local"}) as url:
         request_s = _beyond_s(fleet, url, profiles[HOME], short, 3 * repeats)
-    slowdowns = _slowdowns(fleet, lengths[len(lengths) // 2], 3 * repeats)
-    return Measured(profiles, rate, rtt_s, request_s, slowdowns)
+    shared_cores = _shared_cores(fleet, lengths[len(lengths) // 2], 3 * repeats)
+    return Measured(profiles, rate, rtt_s, request_s, shared_cores)
 
 
 def by_worker(told: Measured) -> dict[str, ModelProfile]:
@@ -118,7 +118,7 @@ def _beyond_s(
     return max(0.0, statistics.median(s.ttft_s - profile.prefill_s(s.tokens) for s in seen))
 
 
-def _slowdowns(fleet: SimFleet, tokens: int, repeats: int) -> Slowdowns:
+def _shared_cores(fleet: SimFleet, tokens: int, repeats: int) -> SharedCores:
     """Return what a prefill at the home site suffers from others on this machine's cores."""
     prompt = load.Arrival(BESIDE_S, tokens, 1)
     decoding = [load.Arrival(0.0, 64, DECODED)] * 2
@@ -128,7 +128,8 @@ def _slowdowns(fleet: SimFleet, tokens: int, repeats: int) -> Slowdowns:
     with fleet.routed({"name": "round_robin"}) as url:
         prefill_s = _at_home_s(fleet, url, [prompt] * 2, repeats)
         both_s = _at_home_s(fleet, url, [*decoding, prompt, prompt], repeats)
-    return Slowdowns(*(max(1.0, s / alone_s) for s in (prefill_s, decode_s, both_s)))
+    longer = {"prefill": prefill_s, "decode": decode_s, "both": both_s}
+    return SharedCores(**{name: max(1.0, s / alone_s) for name, s in longer.items()})
 
 
 def _at_home_s(fleet: SimFleet, url: str, arrivals: list[load.Arrival], repeats: int) -> float:

@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
+
 from benchmarks.sim_fleet.load import Arrival
-from benchmarks.sim_fleet.machine import Slowdowns, share
 from cache_service.core.ids import SiteId
 from router.core.profile import DecodeRate, ModelProfile, to_dict
 from router.simulate.job import Job
 from router.simulate.report import Records, spread
-from router.simulate.run import Simulation, simulate
-from router.simulate.spec import Scenario, parse
+from router.simulate.run import simulate
+from router.simulate.spec import Scenario, SharedCores, parse
 
 #: Decimals of token counts never matter; block ids of one shared prefix start here.
 _GROUP = 1 << 20
@@ -29,14 +30,14 @@ class Measured:
         profiles: by site that prefills; that of the home site has the decode rate.
         rate_bytes_per_s, rtt_s: of the link, as TCP payload and as a connection's first round trip.
         request_s: what a request takes beside the prefill of its prompt, on the idle fleet, in one site.
-        slowdowns: what workers that compute at the same time do to each other on this machine.
+        shared_cores: what workers that compute at the same time do to each other on this machine.
     """
 
     profiles: Mapping[str, ModelProfile]
     rate_bytes_per_s: float
     rtt_s: float
     request_s: float = 0.0
-    slowdowns: Slowdowns = field(default_factory=Slowdowns)
+    shared_cores: SharedCores = field(default_factory=SharedCores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,7 @@ def scenario(told: Measured, engine: Engine, policy: Mapping[str, Any], seed: in
             },
             "policy": dict(policy),
             "request_s": told.request_s,
+            "shared_cores": msgspec.to_builtins(told.shared_cores),
             "seed": seed,
         }
     )
@@ -123,15 +125,6 @@ def run(
 ) -> Records:
     """Simulate the arrivals."""
     return simulate(scenario(told, engine, policy, seed), Replay(arrivals, engine.page_tokens))
-
-
-def run_sharing(
-    told: Measured, engine: Engine, policy: Mapping[str, Any], arrivals: Sequence[Arrival], seed: int
-) -> Records:
-    """Simulate the arrivals on workers that share this machine's cores (machine.py)."""
-    simulation = Simulation(scenario(told, engine, policy, seed), Replay(arrivals, engine.page_tokens))
-    share(simulation, told.slowdowns)
-    return simulation.run()
 
 
 def figures(
@@ -174,7 +167,7 @@ def offered(told: Measured, lengths: Sequence[int], load: float) -> float:
         len(lengths) / sum(profile.prefill_s(tokens) for tokens in lengths)
         for profile in told.profiles.values()
     )
-    return load * per_s / told.slowdowns.prefill
+    return load * per_s / told.shared_cores.prefill
 
 
 def step_at(steps: Mapping[int, float], tokens_per_s: float) -> float:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
+
+
+class Timer(Protocol):
+    """What tells the time and calls back: the Clock itself, or cores that are shared (machine.py)."""
+
+    @property
+    def now_s(self) -> float: ...
+
+    def at(self, when_s: float, call: Callable[[Any], None], argument: Any = None) -> None: ...
 
 
 class Clock:

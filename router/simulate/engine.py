@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from router.core.profile import ModelProfile, Quadratic
 from router.simulate.cache import PrefixCache
-from router.simulate.clock import Clock
+from router.simulate.clock import Timer
 from router.simulate.job import Job
 
 
@@ -63,7 +63,7 @@ class PrefillEngine:
 
     def __init__(
         self,
-        clock: Clock,
+        clock: Timer,
         cache: PrefixCache,
         profile: ModelProfile,
         block_tokens: int,
@@ -173,7 +173,7 @@ class DecodeEngine:
     """One decode instance: `max_batch` answers at once, each a token every `step_s`."""
 
     def __init__(
-        self, clock: Clock, max_batch: int, step_s: float, on_start: Callable[[Job], None],
+        self, clock: Timer, max_batch: int, step_s: float, on_start: Callable[[Job], None],
         on_done: Callable[[Job], None],
     ) -> None:  # fmt: skip
         self.clock = clock
@@ -214,7 +214,7 @@ class MixedEngine:
 
     def __init__(
         self,
-        clock: Clock,
+        clock: Timer,
         cache: PrefixCache,
         times: PassTime,
         block_tokens: int,

@@ -20,10 +20,11 @@ from router.core.policy import choose
 from router.core.profile import ModelProfile
 from router.core.workers import Fleet, Role, WorkerState
 from router.simulate.cache import PrefixCache, SimMatch, SiteIndex
-from router.simulate.clock import Clock
+from router.simulate.clock import Clock, Timer
 from router.simulate.engine import DecodeEngine, MixedEngine, PassTime, PrefillEngine
 from router.simulate.job import Job
 from router.simulate.link import Link
+from router.simulate.machine import Machine, Work
 from router.simulate.report import Records
 from router.simulate.spec import RoleChange, Scenario, policy_of, profile_of
 from router.simulate.workload import Workload, make
@@ -44,6 +45,8 @@ class Simulation:
         self.scenario = scenario
         self.policy: Policy = policy_of(scenario.policy)
         self.clock = Clock()
+        self._machine = Machine(self.clock, scenario.shared_cores) if scenario.shared_cores else None
+        self._beside = self._cores(Work.REQUEST)
         self.fleet = Fleet()
         self.records = Records([site.name for site in scenario.sites], scenario.engine.block_tokens)
         self.indexes: dict[SiteId, SiteIndex] = {}
@@ -87,6 +90,10 @@ class Simulation:
 
     # --- the fleet -------------------------------------------------------------------------------------
 
+    def _cores(self, work: Work) -> Timer:
+        """Return the clock of one more worker: its own, or its share of the common machine's."""
+        return self.clock if self._machine is None else self._machine.worker(work)
+
     def _name(self, site: SiteId, role: str) -> WorkerId:
         self._named += 1
         return WorkerId(f"{site}/{role}-{self._named:04}")
@@ -109,8 +116,8 @@ class Simulation:
             )  # fmt: skip
         else:
             self.prefills[name] = PrefillEngine(
-                self.clock, cache, profile, engine.block_tokens, engine.chunk_tokens, self._first_chunk,
-                self._prefilled,
+                self._cores(Work.PREFILL), cache, profile, engine.block_tokens, engine.chunk_tokens,
+                self._first_chunk, self._prefilled,
             )  # fmt: skip
         self.fleet.add(WorkerState(name, site, Role.PREFILL, profile, engine.chunk_tokens))
 
@@ -118,7 +125,7 @@ class Simulation:
         name, rate = self._name(site, "decode"), self.profiles[site].decode
         assert rate is not None
         self.decodes[name] = DecodeEngine(
-            self.clock, int(rate.max_batch), rate.step_s, self._decoding, self._answered
+            self._cores(Work.DECODE), int(rate.max_batch), rate.step_s, self._decoding, self._answered
         )
         self.fleet.add(WorkerState(name, site, Role.DECODE, self.profiles[site]))
 
@@ -295,7 +302,7 @@ class Simulation:
         )
         link = self._link_of(job)
         if link is None:
-            self._after(self.scenario.request_s, job)
+            self._answer_home(job)
             return
         rest = job.wire_bytes if job.flow is None else job.flow[2]
         under_way = None if job.flow is None else job.flow[1]
@@ -314,11 +321,16 @@ class Simulation:
         link.state.committed_bytes = max(0.0, link.state.committed_bytes - job.wire_bytes)
         if self.queue is not None:
             self._settle(self.queue.delivered(f"{job.number}/{job.attempt}", self.clock.now_s))
-        self._after(link.delay_s() + self.scenario.request_s, job)
+        delay_s = link.delay_s()
+        if delay_s:
+            self.clock.at(self.clock.now_s + delay_s, self._answer_home, job)
+        else:
+            self._answer_home(job)
 
-    def _after(self, seconds: float, job: Job) -> None:
-        if seconds:
-            self.clock.at(self.clock.now_s + seconds, self._at_home, job)
+    def _answer_home(self, job: Any) -> None:
+        """What a request takes beside all that is simulated, in one piece."""
+        if self.scenario.request_s:
+            self._beside.at(self.clock.now_s + self.scenario.request_s, self._at_home, job)
         else:
             self._at_home(job)
 

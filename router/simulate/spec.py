@@ -17,6 +17,7 @@ Positive = Annotated[float, msgspec.Meta(gt=0)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 CountOrNone = Annotated[int, msgspec.Meta(ge=0)]
+AtLeastOne = Annotated[float, msgspec.Meta(ge=1)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
@@ -81,6 +82,19 @@ class LinkSpec(Spec, frozen=True):
     outages: tuple[tuple[float, float], ...] = ()
     price_per_gb: NotNegative = 0.0
     both: bool = False
+
+
+class SharedCores(Spec, frozen=True):
+    """Workers that run on the same cores, as a test fleet on one machine does.
+
+    Attributes:
+        prefill, decode, both: how many times as long a prefill takes beside another prefill, beside decoding,
+            beside both. A decode step and `request_s` are slowed alike.
+    """
+
+    prefill: AtLeastOne = 1.0
+    decode: AtLeastOne = 1.0
+    both: AtLeastOne = 1.0
 
 
 class RoleChange(Spec, frozen=True):
@@ -154,6 +168,7 @@ class Scenario(Spec, frozen=True):
         slo_ttft_s: what counts as good.
         transfer_timeout_s: a transfer that takes longer is given up; the request is prefilled at home.
         request_s: what every request takes beside queues, prefill and link: HTTP, tokenising, scheduling.
+        shared_cores: all workers run on one machine; without it each has cores of its own.
     """
 
     sites: tuple[SiteSpec, ...]
@@ -168,6 +183,7 @@ class Scenario(Spec, frozen=True):
     slo_ttft_s: Positive = 10.0
     transfer_timeout_s: Positive = 60.0
     request_s: NotNegative = 0.0
+    shared_cores: SharedCores | None = None
     seed: int = 0
 
 
@@ -221,6 +237,8 @@ def check(scenario: Scenario) -> Scenario:
             raise ConfigError(f"sites[{i}].profile: {profile.name} says nothing of decode")
     if not any(site.prefill for site in scenario.sites):
         raise ConfigError("sites: none has prefill workers")
+    if mixed and scenario.shared_cores is not None:
+        raise ConfigError("shared_cores: accepted with engine.kind disaggregated only")
     _check_links(scenario.links, names)
     decoding = {s.name for s in scenario.sites if s.decode or (mixed and s.prefill)}
     for home in scenario.workload.homes:

@@ -12,9 +12,9 @@ import pytest
 
 from benchmarks.sim_fleet import load, predict
 from benchmarks.sim_fleet.load import Arrival, Mix
-from benchmarks.sim_fleet.machine import Slowdowns
 from benchmarks.sim_fleet.predict import Engine, Measured
 from router.core.profile import DecodeRate, KvShape, ModelProfile, Quadratic
+from router.simulate.spec import SharedCores
 
 MIX = Mix(1000, 0.5, 64, 3500, 16)
 ENGINE = Engine(64, 512, 65536, 96)
@@ -70,39 +70,10 @@ def test_one_request_takes_what_was_measured(policy: str) -> None:
     assert found.tokens_per_s == pytest.approx(4 * found.requests_per_s)
 
 
-def test_workers_that_compute_at_once_slow_each_other() -> None:
-    """Two prompts at once on two workers; a third when they are done; answers beside prefills."""
-    slow = Slowdowns(prefill=1.5, decode=1.2, both=2.0)
-    policy = {"name": "round_robin"}
-    arrivals = [Arrival(0.0, 1000, 1), Arrival(0.0, 1000, 1), Arrival(10.0, 1000, 1)]
-    alone_s = 0.02 + 1000 * 2e-4
-    still = Measured({"A": profile(), "B": profile()}, 1e15, 0.0, slowdowns=slow)
-    records = predict.run_sharing(still, ENGINE, policy, arrivals, 1)
-    assert list(records.ttft_s) == pytest.approx([1.5 * alone_s, 1.5 * alone_s, alone_s], abs=1e-6)
-    # decoding for long: 100 steps of 10 ms; then a prompt
-    arrivals = [Arrival(0.0, 100, 100), Arrival(0.5, 1000, 1)]
-    records = predict.run_sharing(still, ENGINE, {"name": "local"}, arrivals, 1)
-    assert max(records.ttft_s) == pytest.approx(1.2 * alone_s)
-    first_s = 0.02 + 100 * 2e-4
-    assert max(records.done_s) == pytest.approx(first_s + 1.0 + 0.2 * alone_s)
-
-
-@pytest.mark.parametrize("policy", ["prfaas", "ttft", "round_robin"])
-def test_a_machine_where_nobody_slows_anybody_changes_nothing(policy: str) -> None:
-    arrivals = load.draw(MIX, 4.0, 200, 5)
-    rule = {"name": policy, "threshold_tokens": 1000}
-    plain, shared = (run(told(), ENGINE, rule, arrivals, 1) for run in (predict.run, predict.run_sharing))
-    assert list(shared.ttft_s) == pytest.approx(list(plain.ttft_s))
-    slow = replace(told(), slowdowns=Slowdowns(1.5, 1.2, 2.0))
-    slowed = predict.run_sharing(slow, ENGINE, rule, arrivals, 1)
-    assert sum(slowed.ttft_s) > sum(plain.ttft_s)
-    assert len(slowed.ttft_s) == 200
-
-
 def test_the_offered_rate_is_a_share_of_what_both_workers_do_at_once() -> None:
     both = 2 / (0.02 + 1000 * 2e-4)
     assert predict.offered(told(), [1000], 0.5) == pytest.approx(both / 2)
-    slow = replace(told(), slowdowns=Slowdowns(prefill=1.6))
+    slow = replace(told(), shared_cores=SharedCores(prefill=1.6))
     assert predict.offered(slow, [1000], 0.5) == pytest.approx(both / 2 / 1.6)
 
 
