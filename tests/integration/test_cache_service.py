@@ -195,16 +195,16 @@ async def test_stops_amid_replays() -> None:
         "listen": "127.0.0.1:0",
         "namespace": {"model": NAMESPACE.model, "page_size": PAGE},
         "workers": [worker.config() for worker in workers],
-        "ingest": {"probe_s": 0.005, "replay_timeout_s": 1.0},
+        "ingest": {"probe_s": 0.005, "replay_timeout_s": 5.0},
     }
     try:
         for number in range(10):
             server = CacheServer(config.parse(json.dumps(text)))
             await server.start()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while sum(stream.stats().next_seq for stream in server._streams) < 350 * number:
                     await asyncio.sleep(0)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(15):
                 await server.stop()
     finally:
         for worker in workers:

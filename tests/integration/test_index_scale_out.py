@@ -131,7 +131,7 @@ async def test_silent_service_leaves_time(pair) -> None:
     silent = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
     port = silent.sockets[0].getsockname()[1]
     for _ in range(4):  # which one is asked first is random
-        client = IndexClient([f"127.0.0.1:{port}", processes[0].address], timeout_s=1.0)
+        client = IndexClient([f"127.0.0.1:{port}", processes[0].address], timeout_s=3.0)
         for _ in range(3):
             answer = await client.match(NAMESPACE, CHAIN, 64 * PAGE)
             assert answer.available, answer
