@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cache_service.client import IndexClient
 from cache_service.core.ids import Namespace
+from cache_service.core.query import MatchResult
 from prfaas_sglang.fleet.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,6 +170,10 @@ def stored(hashes: list[int], parent: int | None = None, medium: str = "GPU", bl
     )
 
 
+def _tokens(result: MatchResult) -> dict[str, int]:
+    return {holder.worker_id: holder.matched_tokens for holder in result.holders}
+
+
 def removed(hashes: list[int], medium: str = "GPU") -> Any:
     return kv_events.BlockRemoved(block_hashes=hashes, medium=medium)
 
@@ -242,15 +247,19 @@ class CacheProcess:
 
     async def matched(self, hashes: list[int]) -> dict[str, int]:
         """Matched tokens by worker."""
-        result = await self.client.match(NAMESPACE, hashes, len(hashes) * PAGE)  # type: ignore[arg-type]
+        result = await self._asked(hashes)
         assert result.available, result
-        return {holder.worker_id: holder.matched_tokens for holder in result.holders}
+        return _tokens(result)
+
+    async def _asked(self, hashes: list[int]) -> MatchResult:
+        return await self.client.match(NAMESPACE, hashes, len(hashes) * PAGE)  # type: ignore[arg-type]
 
     async def matches(self, hashes: list[int], expected: dict[str, int]) -> None:
-        """Await that exactly `expected` is matched."""
+        """Await that exactly `expected` is matched; after a restart the client reconnects in its own time."""
 
         async def same() -> bool:
-            return await self.matched(hashes) == expected
+            result = await self._asked(hashes)
+            return result.available and _tokens(result) == expected
 
         await until(same, f"{hashes} to match {expected}")
 
