@@ -37,7 +37,7 @@ def test_every_family_is_token_exact_layer_by_layer(
             for case in cases:
                 answer = servers.generate(case.prompt)
                 assert answer["output_ids"] == case.output, f"{len(case.prompt)} tokens"
-                (record,) = servers.transfers(answer["room"])
+                record = servers.transfer(answer["room"])
                 assert record["outcome"] == "done"
                 assert record["ahead_bytes"] > 0, record
         for _ in range(3):
@@ -67,7 +67,7 @@ def test_layers_leave_before_their_chunk_is_computed(
                     assert time.monotonic() < deadline, answer
                 post(servers.prefill, body)
                 assert answer.result(60)["output_ids"] == case.output
-            (record,) = servers.transfers(body["bootstrap_room"])
+            record = servers.transfer(body["bootstrap_room"])
             early.append(record["early_bytes"])
         assert any(early) == layerwise, early
 
@@ -97,7 +97,7 @@ def test_a_layer_that_does_not_report_goes_with_its_chunk(faulty: Serve, referen
         for case in cases:
             answer = servers.generate(case.prompt)
             assert answer["output_ids"] == case.output
-            (record,) = servers.transfers(answer["room"])
+            record = servers.transfer(answer["room"])
             assert (record["outcome"], record["ahead_bytes"]) == ("done", 0)
         assert metric(servers, "prfaas_layerwise_fallbacks_total") >= len(cases)
         log = servers.prefill.log_path.read_text(errors="replace")
@@ -114,5 +114,5 @@ def test_a_layer_that_is_computed_again_fails_its_request(faulty: Serve, referen
         for case in cases:
             answer = servers.generate(case.prompt)
             assert answer["output_ids"] == case.output
-            (record,) = servers.transfers(answer["room"])
+            record = servers.transfer(answer["room"])
             assert record["ahead_bytes"] == 0

@@ -52,7 +52,7 @@ def test_sizes_are_those_of_a_transfer(
         profile = profile_file.read(out)
         for tokens in (100, 640, 1500):
             answer = pair_.generate([5 + i % 90 for i in range(tokens)], 1)
-            (record,) = pair_.transfers(answer["room"])
+            record = pair_.transfer(answer["room"])
             assert record["bytes"] == profile.kv_bytes(tokens)
         printed = capsys.readouterr().out
     assert "off by" in printed

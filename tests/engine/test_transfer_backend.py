@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -57,11 +58,15 @@ class Pair:
             **body,
         }
 
-    def transfers(self, room: int) -> list[dict[str, Any]]:
-        """Return what the prefill server recorded of a room."""
-        answer = requests.get(f"{self.telemetry}/transfers?room={room}", timeout=10)
-        records: list[dict[str, Any]] = answer.json()["transfers"]
-        return records
+    def transfer(self, room: int) -> dict[str, Any]:
+        """Return what the prefill server recorded of a room; it may hear of the end after the client."""
+        deadline = time.monotonic() + 20
+        while True:
+            answer = requests.get(f"{self.telemetry}/transfers?room={room}", timeout=10).json()
+            if answer["transfers"]:
+                (record,) = answer["transfers"]
+                return dict(record)
+            assert time.monotonic() < deadline, f"no record of room {room}"
 
 
 def post(server: Server, body: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +131,7 @@ def test_every_family_is_token_exact(serve: Serve, references: References, famil
                 answer = servers.generate(case.prompt)
                 assert answer["output_ids"] == case.output, f"{len(case.prompt)} tokens"
         assert answer["meta_info"]["cached_tokens"] >= 512  # the second round came from prefill's cache
-        (record,) = servers.transfers(answer["room"])
+        record = servers.transfer(answer["room"])
         assert record["outcome"] == "done"
         assert record["pages"] == -(-len(cases[-1].prompt) // 64)
         with ThreadPoolExecutor(8) as pool:
@@ -179,7 +184,7 @@ def test_prefill_answers_and_frees_its_pages_before_decode_has_asked(
         servers.prefill.flush()  # refused while a request still has pages
         for body, case in zip(bodies, cases, strict=True):
             assert post(servers.decode, body)["output_ids"] == case.output, f"{len(case.prompt)} tokens"
-            (record,) = servers.transfers(body["bootstrap_room"])
+            record = servers.transfer(body["bootstrap_room"])
             assert (record["outcome"], record["staged"]) == ("done", True)
 
 
@@ -190,7 +195,7 @@ def test_without_staging_memory_prefill_waits_for_decode(serve: Serve, reference
         for case in cases:
             answer = servers.generate(case.prompt)
             assert answer["output_ids"] == case.output
-            (record,) = servers.transfers(answer["room"])
+            record = servers.transfer(answer["room"])
             assert (record["outcome"], record["staged"]) == ("done", False)
 
 
@@ -206,7 +211,7 @@ def test_only_pages_that_decode_lacks_travel(serve: Serve, references: Reference
             prompt = case.prompt + told[:said]
             answer = servers.generate(prompt, 400 - said)
             assert answer["output_ids"] == told[said:]
-            (record,) = servers.transfers(answer["room"])
+            record = servers.transfer(answer["room"])
             assert 0 < record["pages"] < (len(prompt) - 512) // 64, record
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda c: servers.generate(c.prompt), cases * 2))
