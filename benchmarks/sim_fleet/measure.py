@@ -36,7 +36,7 @@ def parameters(fleet: SimFleet, lengths: tuple[int, ...], repeats: int) -> Measu
     short = lengths[:3]  # where the prefill is short, so is the error of its fitted curve
     with fleet.routed({"name": "local"}) as url:
         request_s = _beyond_s(fleet, url, profiles[HOME], short, 3 * repeats)
-    shared_cores = _shared_cores(fleet, lengths[len(lengths) // 2], 3 * repeats)
+    shared_cores = _shared_cores(fleet, lengths[len(lengths) // 2], 5 * repeats)
     return Measured(profiles, rate, rtt_s, request_s, shared_cores)
 
 
@@ -87,17 +87,21 @@ def _profiles(fleet: SimFleet, lengths: tuple[int, ...], repeats: int) -> dict[s
     """Return what `prfaas profile` says of each site's prefill worker, asked from beside it.
 
     It has staging memory, so its answer waits for neither the decode worker nor the link. Each is asked
-    twice, in turn, and of every length the faster median counts: what else runs here only adds time.
+    four times, in turn, and of every length the fastest median counts: what else runs here only adds time.
     """
     taken: dict[str, list[tuple[ModelProfile, Fit]]] = {site: [] for site in PREFILLS}
-    for site in [*PREFILLS, *reversed(PREFILLS)]:
+    for site in [*PREFILLS, *reversed(PREFILLS)] * 2:
         step_s = STEP_S if site == HOME and not taken[site] else 0.0
         with fleet.wan.entered(site.lower()):
             options = fleet.options(PREFILLS[site], lengths, repeats, step_s)
             taken[site].append(asyncio.run(measure.measure(options)))
     found = {}
-    for site, ((profile, first), (_, second)) in taken.items():
-        points = [(n, min(s, t)) for (n, s), (_, t) in zip(first.points, second.points, strict=True)]
+    for site, turns in taken.items():
+        profile = turns[0][0]  # of the home site, the turn that looked at decode
+        points = [
+            (same[0][0], min(seconds for _, seconds in same))
+            for same in zip(*(each.points for _, each in turns), strict=True)
+        ]
         fitted = fit(points)
         facts = {**profile.facts, "fit_off_by_at_most": f"{fitted.worst:.4f}"}
         found[site] = replace(profile, curve=fitted.curve, facts=facts)
