@@ -37,7 +37,8 @@ from cache_service.core.events import (
 )
 from cache_service.core.ids import BlockHash, SourceId
 from cache_service.core.index_chains import Chains
-from cache_service.core.index_lru import LeafQueue
+from cache_service.core.index_evict import evict_to_budget
+from cache_service.core.index_lru import Uses
 from cache_service.core.index_search import (
     Held,
     Probe,
@@ -91,7 +92,7 @@ class PrefixIndex:
         self._quarantined = 0
         self._revision = 0
         self._budget_bytes = budget_bytes
-        self._queue = LeafQueue() if budget_bytes else None
+        self._uses = Uses() if budget_bytes else None
         self._evicted = 0
 
     @property
@@ -185,8 +186,8 @@ class PrefixIndex:
             usable = min(depth, limit)
             for slot in self._by_name(depths[depth]):
                 found.append(Match(self._source_at(slot), depth, hybrid.get(slot, usable)))
-        if self._queue is not None:
-            self._queue.touch(hashes[found[0].matched - 1])
+        if self._uses is not None:
+            self._uses.touch(hashes[found[0].matched - 1])
         return found
 
     def held_blocks(self, source: SourceId) -> int:
@@ -242,8 +243,8 @@ class PrefixIndex:
                 return Applied(removed=self.clear(source))
         if applied.stored or applied.removed:
             self._revision += 1
-        if self._queue is not None:
-            self._evict_to_budget()
+        if self._uses is not None:
+            evict_to_budget(self, self._uses)
         return applied
 
     def clear(self, source: SourceId) -> int:
@@ -257,7 +258,10 @@ class PrefixIndex:
             for held in self._active:
                 discard(held, block, bit)
             if not self._holders(block):
-                self._forget(block)
+                self._chains.forget(block)
+                if self._uses is not None:
+                    self._uses.drop(block)
+                    self._uses.unplaced = True
         for block in self._grouped[slot]:
             for held in self._group_tables():
                 discard(held, block, bit)
@@ -289,7 +293,7 @@ class PrefixIndex:
         other._with_orphans = self._with_orphans
         other._quarantined = self._quarantined
         other._revision = self._revision
-        other._queue = self._queue.copy() if self._queue is not None else None
+        other._uses = self._uses.copy() if self._uses is not None else None
         other._evicted = self._evicted
         return other
 
@@ -324,10 +328,8 @@ class PrefixIndex:
                 held[block] = mask | bit
                 stored += 1
             parent = block
-        if self._queue is not None and parent in self._chains.parent:
-            self._queue.touch(parent)
-            if self._chains.is_leaf(parent):
-                self._queue.leaf(parent, 0)
+        if self._uses is not None and parent in self._chains.parent:
+            self._uses.touch(parent)
         self._count(slot, stored)
         return Applied(stored, 0, unchanged, conflicts)
 
@@ -336,6 +338,8 @@ class PrefixIndex:
         bit = 1 << slot
         if block not in self._chains.parent:
             self._chains.add(block, parent)
+            if self._uses is not None and parent is not None:
+                self._uses.drop(parent)
         elif self._holders(block) & bit:
             return
         self._blocks[slot] += 1
@@ -405,10 +409,12 @@ class PrefixIndex:
     def _forget(self, block: BlockHash) -> None:
         """Drop what is known of a block that nobody holds any more."""
         parent = self._chains.forget(block)
-        if self._queue is not None:
-            tick = self._queue.forget(block)
-            if parent is not None and self._chains.is_leaf(parent):
-                self._queue.leaf(parent, tick)
+        if self._uses is None:
+            return
+        if parent is not None and self._chains.is_leaf(parent):
+            self._uses.give(block, parent)
+        else:
+            self._uses.drop(block)
 
     def _count(self, slot: int, delta: int) -> None:
         self._entries[slot] += delta
@@ -422,36 +428,6 @@ class PrefixIndex:
 
     def _forget_needs(self, bit: int) -> None:
         self._needs = {needs: rest for needs, mask in self._needs.items() if (rest := mask & ~bit)}
-
-    def _evict_to_budget(self) -> None:
-        assert self._queue is not None
-        while self.bytes_estimate > self._budget_bytes:
-            block = self._queue.pop(self._chains.is_leaf)
-            if block is None:
-                # States of blocks that nobody holds, and cycles of lies: nothing that a match could use.
-                block = next((b for table in (*self._active, *self._group_tables()) for b in table), None)
-                if block is None:
-                    return
-            self._evict(block)
-            self._evicted += 1
-            self._revision += 1
-
-    def _evict(self, block: BlockHash) -> None:
-        """Take a block and its group entries from everyone."""
-        everyone = self._holders(block)
-        for held in self._active:
-            for slot in bits(held.pop(block, 0)):
-                self._entries[slot] -= 1
-        for held in self._group_tables():
-            for slot in bits(held.pop(block, 0)):
-                self._group_entries[slot] -= 1
-                self._grouped[slot].discard(block)
-        for slot in bits(everyone):
-            self._lose(slot, block)
-            self._count(slot, 0)
-        if everyone:
-            self._forget(block)
-        self._settle()
 
     def _slot_of(self, source: SourceId) -> int:
         slot = self._slot.get(source)

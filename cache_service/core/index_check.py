@@ -24,9 +24,10 @@ def check(index: PrefixIndex) -> None:
         members |= mask
     ranks = [index._rank[index._slot[source]] for source in sorted(index._slot)]
     assert ranks == sorted(set(ranks)), "ranks are not the order of names"
-    if index._queue is not None:
-        leaves = [block for block in index._chains.parent if block not in index._chains.children]
-        assert all(leaf in index._queue for leaf in leaves), "a leaf that eviction would not find"
+    if index._uses is not None:
+        leaves = {block for block in index._chains.parent if index._chains.is_leaf(block)}
+        assert index._uses.unplaced or leaves <= index._uses.blocks(), "a leaf that eviction would not find"
+        assert index._uses.blocks() <= index._chains.parent.keys(), "a place of a block that nobody holds"
         assert index.bytes_estimate <= index._budget_bytes, "over the budget"
 
 

@@ -66,10 +66,7 @@ Applied Index::store(u32 slot, u32 tier, const i64* hashes, std::size_t count, c
   }
   holders_[slot].entries += applied.stored;
   settle(slot);
-  if (budget_bytes_ && parent < kRoot && known(nodes_[parent])) {
-    touch(parent);
-    if (is_leaf(parent)) queue_leaf(parent, 0);
-  }
+  if (budget_bytes_ && parent < kRoot && known(nodes_[parent])) uses_.touch(parent);
   return applied;
 }
 
@@ -134,6 +131,7 @@ u64 Index::clear(u32 slot) {
   const u64 gone = holder.entries + holder.group_entries;
   if (!gone) return 0;
   blocks_ -= sets_.drop_holder(slot);
+  unplaced_ = budget_bytes_ != 0;
   holder = Holder{};
   settle(slot);
   ++revision_;
@@ -155,9 +153,8 @@ bool Index::nothing_held() const {
 void Index::reset() {
   nodes_.clear();
   sets_.clear();
-  used_.clear();
-  queued_.clear();
-  heap_.clear();
+  uses_.clear();
+  unplaced_ = false;
   swept_ = 0;
   sweeping_ = false;
 }
@@ -187,8 +184,12 @@ void Index::gain(u32 slot, u32 index, u32 parent) {
   Node& node = nodes_[index];
   if (!known(node)) {
     const u32 before = node.parent;  // of a block that a clear has left
-    if (before != kNone) nodes_.unlink(index);
+    if (before != kNone) {
+      nodes_.unlink(index);
+      uses_.drop(index);
+    }
     nodes_.link(index, parent);
+    if (budget_bytes_ && parent != kRoot) uses_.drop(parent);
     if (before < kFreed) free_if_unused(before);
     ++blocks_;
   } else if (holds(node, slot)) {
@@ -214,17 +215,19 @@ void Index::lose(u32 slot, u32 index) {
 // Nobody holds a block any more.
 void Index::forget(u32 index) {
   --blocks_;
-  cut(index);
+  const u32 parent = nodes_.unlink(index);
+  if (budget_bytes_ && parent != kRoot && leaf_at_last(parent))
+    uses_.pass(index, parent);
+  else
+    uses_.drop(index);
+  free_if_unused(index);
+  if (parent != kRoot) free_if_unused(parent);
 }
 
-// Takes a block that nobody holds out of the tree.
+// Takes what a clear has left out of the tree.
 void Index::cut(u32 index) {
   const u32 parent = nodes_.unlink(index);
-  if (budget_bytes_) {
-    u64 tick = 0;
-    if (index < used_.size()) std::swap(tick, used_[index]);
-    if (parent != kRoot && is_leaf(parent)) queue_leaf(parent, tick);
-  }
+  uses_.drop(index);
   free_if_unused(index);
   if (parent != kRoot) free_if_unused(parent);
 }
@@ -241,27 +244,23 @@ void Index::settle(u32 slot) {
   holders_[slot].orphans ? orphaned_.set(slot) : orphaned_.reset(slot);
 }
 
-// -- the budget: which leaf was used longest ago. The heap is lazy: an entry whose block was used again goes back
-// with its new tick, one whose block is gone or has children again is thrown away.
+// -- the budget: core/index_lru.py says who is next.
 
-void Index::touch(u32 index) {
-  if (index >= used_.size()) {
-    used_.resize(nodes_.end(), 0);
-    queued_.resize(nodes_.end(), false);
-  }
-  used_[index] = ++clock_;
+// Whether a block whose child went is a leaf now. What a clear has left below it does not count, and is cut off.
+bool Index::leaf_at_last(u32 index) {
+  if (!known(nodes_[index])) return false;
+  for (u32 child; (child = nodes_[index].child) != kNone && !known(nodes_[child]);) cut(child);
+  return nodes_[index].child == kNone;
 }
 
-void Index::queue_leaf(u32 index, u64 tick) {
-  if (index >= used_.size()) {
-    used_.resize(nodes_.end(), 0);
-    queued_.resize(nodes_.end(), false);
-  }
-  used_[index] = std::max(used_[index], tick);
-  if (queued_[index]) return;
-  queued_[index] = true;
-  heap_.push_back(Queued{used_[index], index});
-  std::push_heap(heap_.begin(), heap_.end());
+// Leaves that a clear has made: as if used now, in the order of their hashes. O(nodes), once after clears.
+void Index::place_leaves() {
+  std::vector<u32> leaves;
+  for (u32 index = 0; index < nodes_.end(); ++index)
+    if (is_leaf(index) && !uses_.has(index)) leaves.push_back(index);
+  std::sort(leaves.begin(), leaves.end(), [this](u32 a, u32 b) { return nodes_[a].hash < nodes_[b].hash; });
+  for (const u32 leaf : leaves) uses_.touch(leaf);
+  unplaced_ = false;
 }
 
 void Index::evict_to_budget() {
@@ -270,28 +269,26 @@ void Index::evict_to_budget() {
       sweep(1 << 12);
       continue;
     }
-    const u32 index = next_to_evict();
-    if (index == kNone) return;
-    evict(index);
-    ++evicted_;
-    ++revision_;
+    i64 hash;
+    if (!evict_next(hash)) return;
   }
 }
 
+bool Index::evict_next(i64& hash) {
+  while (sweeping_) sweep(1 << 12);
+  const u32 index = next_to_evict();
+  if (index == kNone) return false;
+  hash = nodes_[index].hash;
+  evict(index);
+  ++evicted_;
+  ++revision_;
+  return true;
+}
+
 u32 Index::next_to_evict() {
-  while (!heap_.empty()) {
-    std::pop_heap(heap_.begin(), heap_.end());
-    const Queued oldest = heap_.back();
-    heap_.pop_back();
-    const bool leaf = is_leaf(oldest.node);
-    if (leaf && used_[oldest.node] != oldest.tick) {
-      heap_.push_back(Queued{used_[oldest.node], oldest.node});
-      std::push_heap(heap_.begin(), heap_.end());
-      continue;
-    }
-    queued_[oldest.node] = false;
-    if (leaf) return oldest.node;
-  }
+  if (unplaced_) place_leaves();
+  for (u32 index; (index = uses_.oldest()) != kNone; uses_.drop(index))
+    if (is_leaf(index)) return index;
   // States of blocks that nobody holds, and cycles of lies: nothing that a match could use.
   for (u32 looked = 0; looked < nodes_.end(); ++looked, ++evict_at_) {
     if (evict_at_ >= nodes_.end()) evict_at_ = 0;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "nodes.hpp"
+#include "uses.hpp"
 
 namespace prfaas {
 
@@ -79,6 +80,8 @@ class Index {
   void finish(const Applied& applied);
   // O(distinct holder sets). Returns how many entries went.
   u64 clear(u32 slot);
+  // Forgets the block that is next in line, for all holders; false when there is none. Only with a budget.
+  bool evict_next(i64& hash);
 
   Answer match(const Query& query, std::size_t limit);
 
@@ -102,13 +105,6 @@ class Index {
     u32 window_blocks;
     Bits members;
   };
-  struct Queued {
-    u64 tick;
-    u32 node;
-    // The heap keeps the greatest on top; wanted is the oldest.
-    bool operator<(const Queued& other) const { return tick > other.tick; }
-  };
-
   bool known(const Node& node) const { return sets_.has_kind(node.held, kBlock); }
   bool holds(const Node& node, u32 slot) const { return sets_.holds_block(node.held, slot); }
   void move(Node& node, u32 held) {
@@ -137,11 +133,11 @@ class Index {
   void bisect(const Query& query, const Bits& alive, std::vector<Depth>& depths) const;
   void usable(const Query& query, std::size_t limit, const Needs& needs, Answer& answer) const;
 
-  void touch(u32 index);
-  void queue_leaf(u32 index, u64 tick);
   bool is_leaf(u32 index) const {
     return nodes_.live(index) && nodes_[index].child == kNone && known(nodes_[index]);
   }
+  bool leaf_at_last(u32 index);
+  void place_leaves();
   void evict_to_budget();
   u32 next_to_evict();
   void evict(u32 index);
@@ -161,11 +157,8 @@ class Index {
 
   u64 budget_bytes_;
   u64 evicted_ = 0;
-  // Only with a budget. By node: when it was used last; whether it is in the heap.
-  std::vector<u64> used_;
-  std::vector<bool> queued_;
-  std::vector<Queued> heap_;
-  u64 clock_ = 0;
+  Uses uses_;  // empty without a budget
+  bool unplaced_ = false;  // whether a clear may have made leaves that have no place there
   u32 evict_at_ = 0;
 
   // After a clear: from `swept_` to the end, then up to `stop_`, nodes may be garbage.

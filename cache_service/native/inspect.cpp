@@ -30,8 +30,7 @@ Counts Index::counts() const {
 }
 
 u64 Index::bytes_estimate() const {
-  constexpr u64 kQueueBytes = 8 + 1 + sizeof(Queued);
-  return nodes_.bytes() + sets_.bytes() + (budget_bytes_ ? kQueueBytes * nodes_.count() : 0);
+  return nodes_.bytes() + sets_.bytes() + (budget_bytes_ ? uses_.bytes(nodes_.count()) : 0);
 }
 
 u64 Index::runs(std::vector<Run>* into, std::size_t longest) const {
@@ -186,10 +185,14 @@ std::string Index::check_holders() const {
 }
 
 std::string Index::check_budget() const {
-  if (!budget_bytes_) return "";
-  for (u32 index = 0; index < nodes_.end(); ++index)
-    if (is_leaf(index) && (index >= queued_.size() || !queued_[index]))
-      return "a leaf that eviction would not find";
+  if (std::string problem = uses_.check(nodes_.end()); !problem.empty()) return problem;
+  for (u32 index = 0; index < nodes_.end(); ++index) {
+    const bool placed = uses_.has(index);
+    if (placed && (!nodes_.live(index) || (!known(nodes_[index]) && !sweeping_)))
+      return "a place of a block that nobody holds";
+    if (budget_bytes_ && !placed && !unplaced_ && is_leaf(index)) return "a leaf that eviction would not find";
+  }
+  if (!budget_bytes_) return uses_.oldest() == kNone ? "" : "places without a budget";
   return bytes_estimate() <= budget_bytes_ ? "" : "over the budget";
 }
 

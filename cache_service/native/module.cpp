@@ -174,6 +174,10 @@ class PyIndex {
     return parts;
   }
 
+  nb::object evict_next() {
+    i64 hash;
+    return index_.evict_next(hash) ? number(hash) : nb::none();
+  }
   PyIndex copy() const { return *this; }
   prfaas::Index& core() { return index_; }
   const prfaas::Index& core() const { return index_; }
@@ -276,6 +280,7 @@ NB_MODULE(_index, module) {
       .def("entries", [](const PyIndex& self, u32 slot) { return self.core().entries(slot); })
       .def("counts", &PyIndex::counts)
       .def("nodes", [](const PyIndex& self) { return self.core().runs(nullptr, kLongest); })
+      .def("evict_next", &PyIndex::evict_next)
       .def("runs", &PyIndex::runs)
       .def("grouped", &PyIndex::grouped)
       .def("copy", &PyIndex::copy)

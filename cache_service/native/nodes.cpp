@@ -1,26 +1,10 @@
 #include "nodes.hpp"
 
-#include <cstring>
 #include <stdexcept>
 
 namespace prfaas {
 
 Nodes::Nodes() : tags_(64, 0), places_(64, 0), mask_(63) {}
-
-Nodes::Nodes(const Nodes& other)
-    : tags_(other.tags_),
-      places_(other.places_),
-      mask_(other.mask_),
-      count_(other.count_),
-      gone_(other.gone_),
-      end_(other.end_),
-      free_(other.free_) {
-  chunks_.reserve(other.chunks_.size());
-  for (const auto& chunk : other.chunks_) {
-    chunks_.emplace_back(new Node[kChunk]);
-    std::memcpy(chunks_.back().get(), chunk.get(), kChunk * sizeof(Node));
-  }
-}
 
 u32 Nodes::find_or_make(i64 hash, u32 guess) {
   if (guess < end_ && (*this)[guess].hash == hash && live(guess)) return guess;
@@ -38,11 +22,7 @@ u32 Nodes::find_or_make(i64 hash, u32 guess) {
   } else {
     if (end_ >= 0xF0000000u) throw std::length_error("more than 4e9 blocks");
     index = end_++;
-    if (index >> kBits == chunks_.size()) {
-      chunks_.emplace_back(new Node[kChunk]);
-      // Never read before it is written, but copied whole.
-      std::memset(static_cast<void*>(chunks_.back().get()), 0, kChunk * sizeof(Node));
-    }
+    nodes_.cover(index);
   }
   (*this)[index] = Node{hash, kNone, kNone, kNone, kNone, kNobody};
   ++count_;
@@ -75,7 +55,7 @@ void Nodes::free(u32 index) {
 }
 
 void Nodes::clear() {
-  chunks_.clear();
+  nodes_.clear();
   tags_.assign(64, 0);
   tags_.shrink_to_fit();
   places_.assign(64, 0);

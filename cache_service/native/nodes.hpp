@@ -5,9 +5,9 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <vector>
 
+#include "chunks.hpp"
 #include "held.hpp"
 
 namespace prfaas {
@@ -44,11 +44,9 @@ class Stride {
 class Nodes {
  public:
   Nodes();
-  Nodes(const Nodes& other);
-  Nodes& operator=(const Nodes&) = delete;
 
-  Node& operator[](u32 index) { return chunks_[index >> kBits][index & (kChunk - 1)]; }
-  const Node& operator[](u32 index) const { return chunks_[index >> kBits][index & (kChunk - 1)]; }
+  Node& operator[](u32 index) { return nodes_[index]; }
+  const Node& operator[](u32 index) const { return nodes_[index]; }
 
   // `guess`: where the block may be; blocks of a run mostly lie side by side.
   u32 find(i64 hash, u32 guess = kNone) const {
@@ -75,9 +73,6 @@ class Nodes {
   std::size_t bytes() const { return std::size_t{count_} * (sizeof(Node) + 10); }
 
  private:
-  static constexpr u32 kBits = 14;
-  static constexpr u32 kChunk = 1u << kBits;
-
   static u64 mix(i64 hash) {
     const u64 mixed = static_cast<u64>(hash) * 0x9E3779B97F4A7C15ull;
     return mixed ^ mixed >> 32;
@@ -87,9 +82,9 @@ class Nodes {
   void rebuild();
   void put(u64 mixed, u32 index);
 
-  std::vector<std::unique_ptr<Node[]>> chunks_;
   static constexpr std::uint8_t kGone = 1;
 
+  Chunks<Node, 0> nodes_;
   std::vector<std::uint8_t> tags_;  // 0 is an empty place, kGone one that was taken
   std::vector<u32> places_;
   std::size_t mask_;

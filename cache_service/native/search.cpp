@@ -58,7 +58,7 @@ Answer Index::match(const Query& query, std::size_t limit) {
   if (budget_bytes_) {
     i64 hash;
     query.at(answer.depths[0].matched - 1, hash);
-    touch(nodes_.find(hash));
+    uses_.touch(nodes_.find(hash));
   }
   return answer;
 }

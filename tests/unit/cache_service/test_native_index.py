@@ -10,8 +10,10 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import rule
 
 from cache_service import native
+from cache_service.core import index_evict
 from cache_service.core.errors import ConfigError, LocalProtocolError, RemoteProtocolError
 from cache_service.core.events import BlocksRemoved, BlocksStored, Event, Group, GroupStored, Tier
 from cache_service.core.ids import BlockHash, SourceId, WorkerId
@@ -45,6 +47,35 @@ class NativeBudgetMachine(BudgetMachine):
     )
 
 
+class OrderMachine(IndexMachine):
+    """What is evicted, block by block, is the same in both cores, whatever came before."""
+
+    factories = (
+        lambda: PrefixIndex(budget_bytes=1 << 30),
+        lambda: NativeIndex(budget_bytes=1 << 30),
+        lambda: NativeIndex(budget_bytes=1 << 30, sweep_blocks=1),
+    )
+
+    @rule(count=st.integers(1, 40))
+    def evict(self, count: int) -> None:
+        for _ in range(min(count, self.indexes[0].counts().blocks)):
+            gone = {_evict_next(index) for index in self.indexes}
+            assert len(gone) == 1
+            assert None not in gone
+            for holder in self.model.values():
+                for held in holder.sets.values():
+                    held.difference_update(gone)
+
+
+def _evict_next(index: PrefixIndex | NativeIndex) -> int | None:
+    if isinstance(index, NativeIndex):
+        return index._core.evict_next()
+    assert index._uses is not None
+    return index_evict.evict_next(index, index._uses)
+
+
+TestOrderMachine = OrderMachine.TestCase
+TestOrderMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestBothMachine = BothMachine.TestCase
 TestBothMachine.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 TestNativeBudgetMachine = NativeBudgetMachine.TestCase
@@ -139,7 +170,7 @@ def test_cycle_of_lies() -> None:
 
 def test_budget_evicts_the_leaf_used_longest_ago() -> None:
     """What was matched last stays; a chain goes from its end."""
-    index = NativeIndex(budget_bytes=6000)
+    index = NativeIndex(budget_bytes=4000)
     index.add(A)
     for first in range(0, 60, 10):
         index.apply(A, BlocksStored(chain(*range(first, first + 10)), None))
