@@ -92,7 +92,7 @@ class PrefixIndex:
         self._quarantined = 0
         self._revision = 0
         self._budget_bytes = budget_bytes
-        self._uses = Uses() if budget_bytes else None
+        self._uses = Uses(self._chains) if budget_bytes else None
         self._evicted = 0
 
     @property
@@ -293,7 +293,7 @@ class PrefixIndex:
         other._with_orphans = self._with_orphans
         other._quarantined = self._quarantined
         other._revision = self._revision
-        other._uses = self._uses.copy() if self._uses is not None else None
+        other._uses = self._uses.copy(other._chains) if self._uses is not None else None
         other._evicted = self._evicted
         return other
 
@@ -378,6 +378,8 @@ class PrefixIndex:
                 self._lose(slot, block)
             if not holders:
                 self._forget(block)
+        if self._uses is not None:
+            self._uses.settle()
         self._count(slot, -gone)
         return Applied(0, gone, len(event.hashes) - gone)
 
@@ -409,12 +411,8 @@ class PrefixIndex:
     def _forget(self, block: BlockHash) -> None:
         """Drop what is known of a block that nobody holds any more."""
         parent = self._chains.forget(block)
-        if self._uses is None:
-            return
-        if parent is not None and self._chains.is_leaf(parent):
-            self._uses.give(block, parent)
-        else:
-            self._uses.drop(block)
+        if self._uses is not None:
+            self._uses.gone(block, parent)
 
     def _count(self, slot: int, delta: int) -> None:
         self._entries[slot] += delta

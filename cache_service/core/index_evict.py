@@ -21,14 +21,13 @@ def evict_to_budget(index: PrefixIndex, uses: Uses) -> None:
 
 def evict_next(index: PrefixIndex, uses: Uses) -> BlockHash | None:
     """Forget the block that is next in line, for all holders, and return it; None when there is none."""
-    if uses.unplaced:
-        uses.place(filter(index._chains.is_leaf, index._chains.parent))
-    block = uses.first(index._chains.is_leaf)
+    block = uses.first()
     if block is None:
         # States of blocks that nobody holds, and cycles of lies: nothing that a match could use.
         block = next((b for table in (*index._active, *index._group_tables()) for b in table), None)
     if block is not None:
         _evict(index, block)
+        uses.settle()
         index._evicted += 1
         index._revision += 1
     return block

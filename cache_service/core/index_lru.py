@@ -4,7 +4,8 @@ A block may have a place in a line. A use puts it at the end: being the last blo
 
 * A block gives its place up when another is stored below it: that is newer.
 * A block that becomes a leaf takes the place of the child that went, or keeps its own when that is later.
-  A child without a place (it went before what hangs below it) counts as a use.
+  Where one event takes a run back from its first block on, as SGLang does, that is the place of its last.
+  When nothing that went had a place, this counts as a use.
 * A leaf that `clear` left without a place is put at the end when eviction next looks, by hash among others.
 * The first in line goes; when it is no leaf, only its place does.
 
@@ -13,19 +14,24 @@ So every leaf has a place, but after a `clear`, and few other blocks have. uses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, KeysView
+from collections.abc import KeysView
 from heapq import heapify, heappop, heappush
 
 from cache_service.core.ids import BlockHash
+from cache_service.core.index_chains import Chains
 
 
 class Uses:
     """The line. A place is a number that grows with every use; the heap may hold some that were given up."""
 
-    def __init__(self) -> None:
+    def __init__(self, chains: Chains) -> None:
+        self._chains = chains
         self._clock = 0
         self._place: dict[BlockHash, int] = {}
         self._heap: list[tuple[int, BlockHash]] = []
+        #: A leaf that waits for a place, and the block that went above where one may be.
+        self._heir: BlockHash | None = None
+        self._went: BlockHash | None = None
         #: Whether a `clear` may have made leaves without a place.
         self.unplaced = False
 
@@ -42,36 +48,44 @@ class Uses:
         """Take a block's place away."""
         self._place.pop(block, None)
 
-    def give(self, block: BlockHash, heir: BlockHash) -> None:
-        """Take the place of a block that goes, and give it to one that becomes a leaf by that."""
+    def gone(self, block: BlockHash, parent: BlockHash | None) -> None:
+        """Take the place of a block that nobody holds any more, and give it to its heir, if it has one."""
+        if parent is None or parent != self._went:
+            self.settle()
+            self._heir = parent if parent is not None and self._chains.is_leaf(parent) else None
+        self._went = block
         place = self._place.pop(block, None)
-        own = self._place.get(heir)
-        if place is None and own is None:
+        if self._heir is None or place is None:
+            return
+        if self._place.get(self._heir, 0) < place:
+            self._put(self._heir, place)
+        self._heir = self._went = None
+
+    def settle(self) -> None:
+        """End an event that took blocks back."""
+        heir, self._heir, self._went = self._heir, None, None
+        if heir is not None and heir not in self._place and self._chains.is_leaf(heir):
             self.touch(heir)
-        elif place is not None and (own is None or own < place):
-            self._put(heir, place)
 
-    def place(self, leaves: Iterable[BlockHash]) -> None:
-        """Put those of all leaves that have no place at the end."""
-        for leaf in sorted(leaves):
-            if leaf not in self._place:
-                self.touch(leaf)
-        self.unplaced = False
-
-    def first(self, is_leaf: Callable[[BlockHash], bool]) -> BlockHash | None:
+    def first(self) -> BlockHash | None:
         """Return the leaf that is first in line, None without one."""
+        if self.unplaced:
+            for leaf in sorted(filter(self._chains.is_leaf, self._chains.parent)):
+                if leaf not in self._place:
+                    self.touch(leaf)
+            self.unplaced = False
         while self._heap:
             place, block = self._heap[0]
             if self._place.get(block) == place:
-                if is_leaf(block):
+                if self._chains.is_leaf(block):
                     return block
                 del self._place[block]
             heappop(self._heap)
         return None
 
-    def copy(self) -> Uses:
-        """Return a line of its own with the same content."""
-        other = Uses()
+    def copy(self, chains: Chains) -> Uses:
+        """Return a line of its own with the same content, of a copy of the chains."""
+        other = Uses(chains)
         other._clock = self._clock
         other._place = self._place.copy()
         other._heap = self._heap.copy()

@@ -85,6 +85,7 @@ Applied Index::remove(u32 slot, u32 tier, const i64* hashes, std::size_t count) 
     if (!holds(node, slot)) lose(slot, index);
     if (!known(node)) forget(index);
   }
+  settle_heir();
   applied.unchanged = count - applied.removed;
   holders_[slot].entries -= applied.removed;
   settle(slot);
@@ -216,10 +217,7 @@ void Index::lose(u32 slot, u32 index) {
 void Index::forget(u32 index) {
   --blocks_;
   const u32 parent = nodes_.unlink(index);
-  if (budget_bytes_ && parent != kRoot && leaf_at_last(parent))
-    uses_.pass(index, parent);
-  else
-    uses_.drop(index);
+  if (budget_bytes_) inherit(index, parent);
   free_if_unused(index);
   if (parent != kRoot) free_if_unused(parent);
 }
@@ -253,6 +251,25 @@ bool Index::leaf_at_last(u32 index) {
   return nodes_[index].child == kNone;
 }
 
+// A block that nobody holds any more leaves its place to the leaf above, if there is one now.
+void Index::inherit(u32 index, u32 parent) {
+  if (parent != went_) {
+    settle_heir();
+    if (parent != kRoot && leaf_at_last(parent)) heir_ = parent;
+  }
+  went_ = index;
+  if (heir_ == kNone) return uses_.drop(index);
+  if (!uses_.has(index)) return;
+  uses_.pass(index, heir_);
+  heir_ = went_ = kNone;
+}
+
+void Index::settle_heir() {
+  const u32 heir = heir_;
+  heir_ = went_ = kNone;
+  if (heir != kNone && !uses_.has(heir) && is_leaf(heir)) uses_.touch(heir);
+}
+
 // Leaves that a clear has made: as if used now, in the order of their hashes. O(nodes), once after clears.
 void Index::place_leaves() {
   std::vector<u32> leaves;
@@ -280,6 +297,7 @@ bool Index::evict_next(i64& hash) {
   if (index == kNone) return false;
   hash = nodes_[index].hash;
   evict(index);
+  settle_heir();
   ++evicted_;
   ++revision_;
   return true;

@@ -137,6 +137,8 @@ class Index {
     return nodes_.live(index) && nodes_[index].child == kNone && known(nodes_[index]);
   }
   bool leaf_at_last(u32 index);
+  void inherit(u32 index, u32 parent);
+  void settle_heir();
   void place_leaves();
   void evict_to_budget();
   u32 next_to_evict();
@@ -158,6 +160,7 @@ class Index {
   u64 budget_bytes_;
   u64 evicted_ = 0;
   Uses uses_;  // empty without a budget
+  u32 heir_ = kNone, went_ = kNone;  // a leaf that waits for a place, and the node above where one may be
   bool unplaced_ = false;  // whether a clear may have made leaves that have no place there
   u32 evict_at_ = 0;
 

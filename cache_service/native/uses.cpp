@@ -21,10 +21,6 @@ void Uses::touch(u32 node) {
 }
 
 void Uses::pass(u32 from, u32 to) {
-  if (!has(from)) {
-    if (!has(to)) touch(to);
-    return;
-  }
   const u32 place = place_of_[from];
   place_of_.cover(to);
   const u32 own = place_of_[to];

@@ -20,7 +20,7 @@ class Uses {
   void drop(u32 node) {
     if (has(node)) remove(place_of_[node]);
   }
-  // A block goes, and another becomes a leaf by that: it has the later of both places, the end without any.
+  // Gives the place that a block has to another, which keeps its own when that is later.
   void pass(u32 from, u32 to);
   // The block used longest ago, kNone when none has a place.
   u32 oldest() const { return first_ == kNone ? kNone : places_[first_].node; }
