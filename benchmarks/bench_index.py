@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.harness import Row, run
+from benchmarks.index.memory import RUN
 from benchmarks.index.streams import CORES, FORMATS, blocks_per_s
 from benchmarks.index.subjects import Dynamo, Native, Python, Subject
 from benchmarks.transfer.peers import Missing
@@ -203,30 +205,35 @@ def streams(smoke: bool) -> list[Row]:
 
 
 def memory(smoke: bool) -> list[Row]:
-    """Measure resident memory per holder-block: each block with one holder, and with 16 of 128."""
-    entries = 20_000 if smoke else 2_000_000
+    """Measure resident memory per holder-block: each block with one holder, and with 16 of 128.
+
+    Once more with an event for every block: so SGLang publishes what it stores.
+    """
+    most = 20_000 if smoke else 2_000_000
     rows = []
-    for holders in (1, 16):
+    for entries, holders, together in ((most, 1, RUN), (most, 16, RUN), (most // 4, 1, 1)):
         figures = {}
         notes = [f"smg publishes {SMG_BYTES} B"]
         for kind in (Native, Python, Dynamo):
             try:
-                figures[kind] = _resident(kind.__name__, entries // holders, holders)
-                notes.append(f"{kind.name} {figures[kind]:.3g}")
+                figures[kind], said = _resident(kind.__name__, entries // holders, holders, together)
+                says = "" if math.isnan(said) else f", says {said:.3g}"
+                notes.append(f"{kind.name} {figures[kind]:.3g}{says}")
             except Missing as reason:
                 notes.append(f"{kind.name}: {reason}")
-        name = f"memory, {entries:,} holder-blocks, {holders} holders a block"
+        name = f"memory, {entries:,} holder-blocks, {holders} holders a block, {together} blocks an event"
         ours = figures.get(Native, figures.get(Python))
         rows.append(Row(name, "B", ours, MEMORY_BAR_BYTES, "wanted", 1, True, note="; ".join(notes)))
     return rows
 
 
-def _resident(kind: str, blocks: int, holders: int) -> float:
-    command = [sys.executable, "-m", "benchmarks.index.memory", kind, str(blocks), str(holders)]
+def _resident(kind: str, *sizes: int) -> tuple[float, float]:
+    command = [sys.executable, "-m", "benchmarks.index.memory", kind, *map(str, sizes)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise Missing((done.stderr.strip().splitlines() or ["no message"])[-1][:160])
-    return float(done.stdout)
+    resident, said = map(float, done.stdout.split())
+    return resident, said
 
 
 def trace(smoke: bool, path: Path | None) -> list[Row]:

@@ -1,9 +1,13 @@
-"""One index in a process of its own: what its content takes. Prints resident bytes per holder-block."""
+"""One index in a process of its own: what its content takes.
+
+Prints resident bytes per holder-block and, where the index says so, what it takes by itself, else nan.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import sys
 from pathlib import Path
 
@@ -21,20 +25,22 @@ def resident_bytes() -> int:
 
 
 def main() -> None:
-    """Arguments: subject class, blocks, holders of each block."""
-    kind, blocks, holders = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    """Arguments: subject class, blocks, holders of each block, blocks of each event."""
+    kind, (blocks, holders, together) = sys.argv[1], map(int, sys.argv[2:])
     subject: subjects.Subject = getattr(subjects, kind)()
     subject.clear(WORKERS)
     # warm: allocators, code
     subject.feed(0, subject.stored(range(1 << 40, (1 << 40) + RUN)))
     before = resident_bytes()
     for number, first in enumerate(range(0, blocks, RUN)):
-        payload = subject.stored(range(first, first + RUN))
-        for i in range(holders):
-            subject.feed((number * 7 + i) % WORKERS, payload)
+        for start in range(first, first + RUN, together):
+            payload = subject.stored(range(start, start + together), None if start == first else start - 1)
+            for i in range(holders):
+                subject.feed((number * 7 + i) % WORKERS, payload)
     probe = subject.match(subject.query(range(RUN)))
     assert len(subject.depths(probe)) == holders, "the content is not there"
-    print((resident_bytes() - before) / (blocks * holders))
+    said: float = getattr(subject, "bytes_estimate", math.nan)
+    print(*(taken / (blocks * holders) for taken in (resident_bytes() - before, said)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from statistics import median
 
 import msgspec
 
-from benchmarks.index.subjects import PAGE_TOKENS, block_hash
+from benchmarks.index.subjects import BUDGET_BYTES, PAGE_TOKENS, block_hash
 from cache_service import native
 from cache_service.core.events import BlocksRemoved, BlocksStored
 from cache_service.core.ids import BlockHash, SourceId, WorkerId
@@ -19,7 +19,10 @@ from cache_service.wire import formats, worker_events
 
 RUN = 512
 FORMATS: tuple[formats.Format, ...] = ("prfaas", "sglang", "vllm")
-CORES: dict[str, Callable[[], BlockIndex]] = {"native": NativeIndex, "python": PrefixIndex}
+CORES: dict[str, Callable[[], BlockIndex]] = {
+    "native": lambda: NativeIndex(budget_bytes=BUDGET_BYTES),
+    "python": lambda: PrefixIndex(budget_bytes=BUDGET_BYTES),
+}
 _WORKER = SourceId(WorkerId("worker"))
 
 

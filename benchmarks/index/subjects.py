@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import msgspec
 
 from benchmarks.transfer.peers import HOME, Missing, command
+from cache_service.config import CacheConfig
 from cache_service.core.ids import SourceId, WorkerId
 from cache_service.core.index import PrefixIndex
 from cache_service.native.index import NativeIndex, missing
@@ -22,6 +23,10 @@ from cache_service.native.index import decode_batch as decode_native
 from cache_service.wire.kv_events import decode_batch
 
 PAGE_TOKENS = 16
+#: Ours keep the budget that the service has by default.
+BUDGET_BYTES: int = next(
+    field.default for field in msgspec.structs.fields(CacheConfig) if field.name == "index_budget_bytes"
+)
 PACKAGE = "ai-dynamo-runtime==1.6.1"
 _MASK = (1 << 64) - 1
 
@@ -35,14 +40,14 @@ def block_hash(number: int) -> int:
 
 
 class Subject(Protocol):
-    """One index. A run is consecutive block numbers below nothing."""
+    """One index. A run is consecutive block numbers, below block `parent`, or nothing."""
 
     name: str
 
     def clear(self, workers: int) -> None:
         """Start with an empty index of so many workers."""
 
-    def stored(self, run: Sequence[int]) -> bytes:
+    def stored(self, run: Sequence[int], parent: int | None = None) -> bytes:
         """Return the event that stores a run."""
 
     def removed(self, run: Sequence[int]) -> bytes:
@@ -63,10 +68,16 @@ class Subject(Protocol):
 
 class _Ours:
     name: str
+    _index: Any
 
     def __init__(self) -> None:
         self._workers: list[SourceId] = []
         self._number: dict[SourceId, int] = {}
+
+    @property
+    def bytes_estimate(self) -> int:
+        """What the index says that it takes."""
+        return self._index.bytes_estimate
 
     def _register(self, index: Any, workers: int) -> None:
         self._workers = [SourceId(WorkerId(f"worker-{i:03}")) for i in range(workers)]
@@ -74,11 +85,11 @@ class _Ours:
         for source in self._workers:
             index.add(source)
 
-    def stored(self, run: Sequence[int]) -> bytes:
+    def stored(self, run: Sequence[int], parent: int | None = None) -> bytes:
         event = {
             "type": "BlockStored",
             "block_hashes": [block_hash(n) for n in run],
-            "parent_block_hash": None,
+            "parent_block_hash": None if parent is None else block_hash(parent),
             "token_ids": [block_hash(n) % 150_000 for n in run for _ in range(PAGE_TOKENS)],
             "block_size": PAGE_TOKENS,
             "lora_id": None,
@@ -103,7 +114,7 @@ class Python(_Ours):
     name = "python"
 
     def clear(self, workers: int) -> None:
-        self._index = PrefixIndex()
+        self._index = PrefixIndex(budget_bytes=BUDGET_BYTES)
         self._register(self._index, workers)
         self.match: Any = self._index.match
 
@@ -123,7 +134,7 @@ class Native(_Ours):
         super().__init__()
 
     def clear(self, workers: int) -> None:
-        self._index = NativeIndex()
+        self._index = NativeIndex(budget_bytes=BUDGET_BYTES)
         self._register(self._index, workers)
         self.match: Any = self._index.match
 
@@ -156,9 +167,10 @@ class Dynamo:
     def clear(self, workers: int) -> None:
         self._tree = self._make()
 
-    def stored(self, run: Sequence[int]) -> bytes:
+    def stored(self, run: Sequence[int], parent: int | None = None) -> bytes:
         blocks = [{"block_hash": block_hash(n) & _MASK, "tokens_hash": block_hash(~n) & _MASK} for n in run]
-        return self._event({"stored": {"parent_hash": None, "blocks": blocks}})
+        above = None if parent is None else block_hash(parent) & _MASK
+        return self._event({"stored": {"parent_hash": above, "blocks": blocks}})
 
     def removed(self, run: Sequence[int]) -> bytes:
         return self._event({"removed": {"block_hashes": [block_hash(n) & _MASK for n in reversed(run)]}})
