@@ -30,15 +30,16 @@ class Reader {
     const unsigned char kind = *at_++;
     if (kind < 0x80 || kind >= 0xE0) return value = static_cast<std::int8_t>(kind), true;
     std::uint64_t raw;
+    // Hashes: one kind or the other, in no order that could be predicted.
+    if (const bool whole = kind == 0xCF; whole | (kind == 0xD3))
+      return big(8, raw) && (value = static_cast<std::int64_t>(raw), !(whole & (value < 0)));
     switch (kind) {
       case 0xCC: return big(1, raw) && (value = static_cast<std::int64_t>(raw), true);
       case 0xCD: return big(2, raw) && (value = static_cast<std::int64_t>(raw), true);
       case 0xCE: return big(4, raw) && (value = static_cast<std::int64_t>(raw), true);
-      case 0xCF: return big(8, raw) && (value = static_cast<std::int64_t>(raw), value >= 0);
       case 0xD0: return big(1, raw) && (value = static_cast<std::int8_t>(raw), true);
       case 0xD1: return big(2, raw) && (value = static_cast<std::int16_t>(raw), true);
       case 0xD2: return big(4, raw) && (value = static_cast<std::int32_t>(raw), true);
-      case 0xD3: return big(8, raw) && (value = static_cast<std::int64_t>(raw), true);
       default: return false;
     }
   }

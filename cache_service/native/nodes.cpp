@@ -65,31 +65,6 @@ void Nodes::clear() {
   free_ = kNone;
 }
 
-void Nodes::link(u32 index, u32 parent) {
-  Node& node = (*this)[index];
-  node.parent = parent;
-  node.prev = node.next = kNone;
-  if (parent == kRoot) return;
-  Node& above = (*this)[parent];
-  node.next = above.child;
-  if (above.child != kNone) (*this)[above.child].prev = index;
-  above.child = index;
-}
-
-u32 Nodes::unlink(u32 index) {
-  Node& node = (*this)[index];
-  const u32 parent = node.parent;
-  if (parent != kRoot) {
-    if (node.prev != kNone)
-      (*this)[node.prev].next = node.next;
-    else
-      (*this)[parent].child = node.next;
-    if (node.next != kNone) (*this)[node.next].prev = node.prev;
-  }
-  node.parent = node.prev = node.next = kNone;
-  return parent;
-}
-
 void Nodes::rebuild() {
   // Everything anew: the table holds the nodes in use, the one just made included.
   std::size_t capacity = places_.size();

@@ -94,4 +94,31 @@ class Nodes {
   u32 free_ = kNone;
 };
 
+// Here for speed: called for every block that comes or goes.
+
+inline void Nodes::link(u32 index, u32 parent) {
+  Node& node = (*this)[index];
+  node.parent = parent;
+  node.prev = node.next = kNone;
+  if (parent == kRoot) return;
+  Node& above = (*this)[parent];
+  node.next = above.child;
+  if (above.child != kNone) (*this)[above.child].prev = index;
+  above.child = index;
+}
+
+inline u32 Nodes::unlink(u32 index) {
+  Node& node = (*this)[index];
+  const u32 parent = node.parent;
+  if (parent != kRoot) {
+    if (node.prev != kNone)
+      (*this)[node.prev].next = node.next;
+    else
+      (*this)[parent].child = node.next;
+    if (node.next != kNone) (*this)[node.next].prev = node.prev;
+  }
+  node.parent = node.prev = node.next = kNone;
+  return parent;
+}
+
 }  // namespace prfaas

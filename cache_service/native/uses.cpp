@@ -20,17 +20,6 @@ void Uses::touch(u32 node) {
   append(place);
 }
 
-void Uses::pass(u32 from, u32 to) {
-  const u32 place = place_of_[from];
-  place_of_.cover(to);
-  const u32 own = place_of_[to];
-  if (own != kNone && places_[own].tick > places_[place].tick) return remove(place);
-  if (own != kNone) remove(own);
-  place_of_[from] = kNone;
-  place_of_[to] = place;
-  places_[place].node = to;
-}
-
 void Uses::clear() {
   place_of_.clear();
   places_.clear();
