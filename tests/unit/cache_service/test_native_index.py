@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from unittest.mock import ANY
 
@@ -47,14 +48,17 @@ class NativeBudgetMachine(BudgetMachine):
     )
 
 
-class OrderMachine(IndexMachine):
-    """What is evicted, block by block, is the same in both cores, whatever came before."""
+BOUNDED: tuple[Callable[[], PrefixIndex | NativeIndex], ...] = (
+    lambda: PrefixIndex(budget_bytes=1 << 30),
+    lambda: NativeIndex(budget_bytes=1 << 30),
+    lambda: NativeIndex(budget_bytes=1 << 30, sweep_blocks=1),
+)
 
-    factories = (
-        lambda: PrefixIndex(budget_bytes=1 << 30),
-        lambda: NativeIndex(budget_bytes=1 << 30),
-        lambda: NativeIndex(budget_bytes=1 << 30, sweep_blocks=1),
-    )
+
+class OrderMachine(IndexMachine):
+    """What is evicted between other changes is the same in both cores, and nothing else goes with it."""
+
+    factories = BOUNDED
 
     @rule(count=st.integers(1, 40))
     def evict(self, count: int) -> None:
@@ -75,11 +79,45 @@ def _evict_next(index: PrefixIndex | NativeIndex) -> int | None:
 
 
 TestOrderMachine = OrderMachine.TestCase
-TestOrderMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestOrderMachine.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 TestBothMachine = BothMachine.TestCase
 TestBothMachine.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 TestNativeBudgetMachine = NativeBudgetMachine.TestCase
 TestNativeBudgetMachine.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_order_of_eviction(seed: int) -> None:
+    """Few blocks and holders, many changes: every way in which a block comes by its place, or loses it."""
+    rng = random.Random(seed)
+    indexes = [make() for make in BOUNDED]
+    parents = [None, *(rng.choice([number - 1, rng.randrange(number)]) for number in range(1, 14))]
+
+    def path(block: int | None) -> list[int]:
+        return [] if block is None else [*path(parents[block]), block]
+
+    def act(index: PrefixIndex | NativeIndex, what: float, block: int, size: int) -> object:
+        run = path(block)[-size:]
+        above = parents[run[0]]
+        if what < 0.4:
+            return index.apply(source, BlocksStored(chain(*run), None if above is None else BlockHash(above)))
+        if what < 0.6:
+            return index.apply(source, BlocksRemoved(chain(*run)))
+        if what < 0.7:
+            return index.apply(source, BlocksRemoved(chain(*reversed(run))))
+        if what < 0.9:
+            return index.match(chain(*path(block)))
+        return index.clear(source) if what < 0.95 else [_evict_next(index) for _ in range(left)]
+
+    for _ in range(12_000):
+        source, step = rng.choice([A, B]), (rng.random(), rng.randrange(len(parents)), rng.randint(1, 4))
+        left = min(rng.choice([1, 2, 100]), indexes[0].counts().blocks)
+        for index in indexes:
+            index.add(source)
+        said = [act(index, *step) for index in indexes]
+        assert said[0] == said[1] == said[2]
+    for index in indexes:
+        index.check()
 
 
 @pytest.mark.parametrize("holders", [3, 70, 300])
