@@ -109,7 +109,7 @@ def test_order_of_eviction(seed: int) -> None:
             return index.match(chain(*path(block)))
         return index.clear(source) if what < 0.95 else [_evict_next(index) for _ in range(left)]
 
-    for _ in range(12_000):
+    for _ in range(40_000):
         source, step = rng.choice([A, B]), (rng.random(), rng.randrange(len(parents)), rng.randint(1, 4))
         left = min(rng.choice([1, 2, 100]), indexes[0].counts().blocks)
         for index in indexes:
