@@ -86,6 +86,29 @@ TestNativeBudgetMachine = NativeBudgetMachine.TestCase
 TestNativeBudgetMachine.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
 
 
+@pytest.mark.parametrize("make", BOUNDED)
+@pytest.mark.parametrize(
+    ("event", "order"),
+    [
+        (BlocksStored(chain(5), None), [2, 1, 0, 9, 5]),  # a leaf's place passes to its parent
+        (BlocksStored(chain(5), BlockHash(9)), [2, 1, 0, 5, 9]),  # 9 gave its place up
+        (BlocksRemoved(chain(2, 1)), [0, 9]),
+        (BlocksRemoved(chain(1, 2)), [0, 9]),
+        (BlocksRemoved(chain(1)), [2, 9, 0]),  # what went had no place: a use of 0
+        (BlocksStored(chain(0), None), [2, 1, 9, 0]),  # its own place is later
+    ],
+)
+def test_who_is_next(make: Callable[[], PrefixIndex | NativeIndex], event: Event, order: list[int]) -> None:
+    """After 0, 1, 2 in a row, and 9 apart from them."""
+    index = make()
+    index.add(A)
+    index.apply(A, BlocksStored(chain(0, 1, 2), None))
+    index.apply(A, BlocksStored(chain(9), None))
+    index.apply(A, event)
+    assert [_evict_next(index) for _ in order] == order
+    assert index.counts().blocks == 0
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_order_of_eviction(seed: int) -> None:
     """Few blocks and holders, many changes: every way in which a block comes by its place, or loses it."""
