@@ -189,7 +189,7 @@ class Duplicates {
       return false;
     }
     size_t capacity = 16;
-    while (capacity < 4 * count) capacity *= 2;  // with twice as many, every fourth look misses its guess
+    while (capacity < 4 * count) capacity *= 2;  // so that few collide
     places_.assign(capacity, 0);
     for (size_t i = 0; i < count; ++i) {
       std::uint64_t mixed = static_cast<std::uint64_t>(hashes[i]) * 0x9E3779B97F4A7C15ull;
