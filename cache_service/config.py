@@ -159,6 +159,7 @@ class CacheConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         insecure: plain TCP on `listen` although it is not loopback.
         direct_listen: Match without gRPC, plain TCP, on the host of `listen`; "" for any port of loopback,
             nothing elsewhere or with `tls`; "off" for nothing.
+        ready_wait_s: how long a start may take to catch up; then the service calls itself ready all the same.
         index_budget_bytes: about how much the index of the followed workers may take, and as much again each
             index of other sites' blocks (one per publishing stride); above it the prefixes used longest ago
             are forgotten. 0 for no bound.
@@ -174,6 +175,7 @@ class CacheConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     metrics_listen: str | None = None
     ingest: IngestConfig = IngestConfig()
     replication: ReplicationConfig | None = None
+    ready_wait_s: float = 10.0
     index_budget_bytes: int = 4 << 30
     log_flush_s: float = 0.1
     log_level: str = "INFO"
@@ -263,6 +265,8 @@ def _check(config: CacheConfig) -> None:
         _positive(getattr(config.ingest, name), f"ingest.{name}", 3600)
     _positive(config.ingest.queue_batches, "ingest.queue_batches", 1_000_000)
     _positive(config.log_flush_s, "log_flush_s", 60)
+    if not 0 <= config.ready_wait_s <= 3600:
+        raise ConfigError(f"ready_wait_s: {config.ready_wait_s} is not in 0..3600; 0 waits for nothing")
     if config.index_budget_bytes < 0:
         raise ConfigError(
             f"index_budget_bytes: {config.index_budget_bytes} is negative; give bytes, 0 for no bound"

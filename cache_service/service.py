@@ -75,7 +75,7 @@ class PrefixIndexService(cache_pb2_grpc.PrefixIndexServicer):
             holders = self._state.answer(query)
         except PrfaasError as error:
             await self._refuse(context, "Match", error, started_s)
-        response = codec.encode_result(holders, self._state.index.revision)
+        response = codec.encode_result(holders, self._state.index.revision, starting=self._state.starting)
         self._matched([query], [holders], started_s)
         return response
 
@@ -90,7 +90,7 @@ class PrefixIndexService(cache_pb2_grpc.PrefixIndexServicer):
             self._state.metrics.match(outcome, time.perf_counter() - started_s, 0, 0)
             number: int = status.value[0]
             return number, str(error).encode()
-        response = codec.encode_result(holders, self._state.index.revision)
+        response = codec.encode_result(holders, self._state.index.revision, starting=self._state.starting)
         self._matched([query], [holders], started_s)
         return 0, response.SerializeToString()
 
@@ -108,7 +108,9 @@ class PrefixIndexService(cache_pb2_grpc.PrefixIndexServicer):
                     raise UnknownNamespace(f"queries[{position}].{error}") from error
         except PrfaasError as error:
             await self._refuse(context, "MatchBatch", error, started_s)
-        response = api_codec.encode_batch_result(answers, self._state.index.revision)
+        response = api_codec.encode_batch_result(
+            answers, self._state.index.revision, starting=self._state.starting
+        )
         self._matched(queries, answers, started_s)
         return response
 

@@ -65,7 +65,10 @@ class Ours:
         )
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             stub = health_pb2_grpc.HealthStub(channel)
-            await stub.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=_START_S)
+            watching = stub.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=_START_S)
+            async for answer in watching:
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    break
         return cls(process, IndexClient(f"127.0.0.1:{port}", timeout_s=5.0))
 
     async def matched(self, prompt: Prompt) -> int:

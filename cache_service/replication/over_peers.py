@@ -13,11 +13,12 @@ from typing import Any
 from cache_service.config import ReplicationConfig
 from cache_service.core.ids import Namespace, SiteId
 from cache_service.core.log import LogEntry, LogPosition
+from cache_service.core.readiness import Behind, Kind
 from cache_service.replication.core.layout import namespace_id
 from cache_service.replication.core.stream import Hello
 from cache_service.replication.peer_stream import DeltaStreamService, PeerReader
 from cache_service.replication.replica import Claims, Indexes
-from cache_service.replication.replicas import Replicas
+from cache_service.replication.replicas import Call, Replicas
 from cache_service.store import InProcessLog
 
 _LOOK_S = 0.25
@@ -49,6 +50,14 @@ class PeerReplication:
         self.replicas = Replicas(self._site, indexes, claims, self._open_log)
         return {"peers": self._watch_peers(self.replicas)}
 
+    def behind(self) -> list[Behind]:
+        """Return the peers whose logs, as they were at the start, are still to be taken."""
+        return [
+            Behind(Kind.SITE, site)
+            for site in self._readers
+            if self.replicas is None or self.replicas.behind(site)
+        ]
+
     def report(self) -> dict[str, Any]:
         """Return how replication is doing: for GET /health and for tests."""
         return {
@@ -66,14 +75,22 @@ class PeerReplication:
             await reader.close()
 
     async def _open_log(
-        self, site: SiteId, after: LogPosition | None, heard: Callable[[], None]
+        self, site: SiteId, after: LogPosition | None, heard: Call, caught_up: Call
     ) -> AsyncGenerator[LogEntry, None]:
         def hello(found: Hello) -> None:
             if found.stride != self._strides[site]:
                 self._strides[site] = found.stride
             heard()
 
-        async with aclosing(self._readers[site].watch(after, on_hello=hello, on_heard=heard)) as entries:
+        def quiet() -> None:
+            # Entries of another stride than thought are dropped soon, and asked for again.
+            if self.replicas is not None and self.replicas.sites[site].stride == self._strides[site]:
+                caught_up()
+
+        reader = self._readers[site]
+        async with aclosing(
+            reader.watch(after, on_hello=hello, on_heard=heard, on_caught_up=quiet)
+        ) as entries:
             async for entry in entries:
                 yield entry
 

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 SERVICE = "prfaas.cache.v1.DeltaStream"
 METHOD = f"/{SERVICE}/Follow"
 BEAT_S = 1.0
+#: The first one comes sooner: it tells the follower that it has caught up.
+_FIRST_BEAT_S = 0.05
 #: No entry and no beat for so long: the connection is dead.
 SILENCE_S = 4.0
 MAX_FOLLOWERS = 256
@@ -83,11 +85,13 @@ class DeltaStreamService:
     async def _entries_and_beats(self, after: LogPosition | None) -> AsyncGenerator[bytes, None]:
         entries = self._log.watch(after)
         waiting: asyncio.Future[LogEntry] | None = None
+        wait_s = _FIRST_BEAT_S
         try:
             while True:
                 waiting = waiting or asyncio.ensure_future(anext(entries))
-                await asyncio.wait({waiting}, timeout=BEAT_S)
+                await asyncio.wait({waiting}, timeout=wait_s)
                 if not waiting.done():
+                    wait_s = BEAT_S
                     yield BEAT
                     continue
                 entry, waiting = waiting.result(), None
@@ -117,6 +121,7 @@ class PeerReader:
         *,
         on_hello: Callable[[Hello], None] = lambda hello: None,
         on_heard: Callable[[], None] = lambda: None,
+        on_caught_up: Callable[[], None] = lambda: None,
     ) -> AsyncGenerator[LogEntry, None]:
         """Yield what follows `after`, for ever, over any number of streams."""
         failures = 0
@@ -129,7 +134,9 @@ class PeerReader:
                     entry = reader.take(await self._read(stream))
                     failures = 0
                     on_heard()
-                    if entry is not None:
+                    if entry is None:
+                        on_caught_up()
+                    else:
                         after = entry.position
                         yield entry
             except (grpc.aio.AioRpcError, TimeoutError, EOFError, RemoteProtocolError) as error:

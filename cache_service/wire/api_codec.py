@@ -126,9 +126,13 @@ def decode_batch(message: pb.MatchBatchRequest) -> list[Query]:
     return queries
 
 
-def encode_batch_result(answers: Iterable[Sequence[Holder]], revision: int) -> pb.MatchBatchResponse:
+def encode_batch_result(
+    answers: Iterable[Sequence[Holder]], revision: int, *, starting: bool = False
+) -> pb.MatchBatchResponse:
     """Build a MatchBatchResponse."""
-    return pb.MatchBatchResponse(answers=[encode_result(holders, revision) for holders in answers])
+    return pb.MatchBatchResponse(
+        answers=[encode_result(holders, revision, starting=starting) for holders in answers]
+    )
 
 
 def decode_batch_result(message: pb.MatchBatchResponse, queries: int) -> list[MatchResult]:

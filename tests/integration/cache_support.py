@@ -9,7 +9,7 @@ import json
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,14 @@ def removed(hashes: list[int], medium: str = "GPU") -> Any:
     return kv_events.BlockRemoved(block_hashes=hashes, medium=medium)
 
 
+async def health_of(channel: grpc.aio.Channel) -> AsyncIterator[int]:
+    """Yield what a service's health is, and whenever it changes; ends when `channel` is closed."""
+    request = health_pb2.HealthCheckRequest(service="prfaas.cache.v1.PrefixIndex")
+    stub = health_pb2_grpc.HealthStub(channel)
+    async for answer in stub.Watch(request, wait_for_ready=True, timeout=DEADLINE_S):
+        yield answer.status
+
+
 class CacheProcess:
     """`python -m cache_service` as an operator runs it."""
 
@@ -201,11 +209,15 @@ class CacheProcess:
         self.process: asyncio.subprocess.Process | None = None
         self.client = IndexClient(self.address, timeout_s=5.0)
 
-    async def start(self) -> None:
-        """Start the process and await its health service; it does not outlive a failure."""
+    async def launch(self) -> None:
+        """Start the process."""
         self.process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "cache_service", "--config", str(self.path), cwd=ROOT
         )
+
+    async def start(self) -> None:
+        """Start the process and await that it serves; it does not outlive a failure."""
+        await self.launch()
         try:
             await self._healthy()
         except BaseException:
@@ -214,10 +226,9 @@ class CacheProcess:
 
     async def _healthy(self) -> None:
         async with grpc.aio.insecure_channel(self.address) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
-            request = health_pb2.HealthCheckRequest(service="prfaas.cache.v1.PrefixIndex")
-            answer = await stub.Check(request, wait_for_ready=True, timeout=DEADLINE_S)
-            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            async for status in health_of(channel):
+                if status == health_pb2.HealthCheckResponse.SERVING:
+                    return
 
     async def stop(self) -> int:
         """SIGTERM; the exit status. Killed when that is not enough: TimeoutError."""

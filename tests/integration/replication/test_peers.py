@@ -71,6 +71,26 @@ def pair(proxy_of_a: CutProxy, port_a: int, port_b: int, **options: object) -> t
     return a, b
 
 
+@pytest.mark.parametrize("stride", [1, 4])
+async def test_ready_when_the_peer_was_read(stride: int) -> None:
+    """A service that starts is ready once it has what its peer's log had, of whatever stride."""
+    port_a, port_b = free_port(), free_port()
+    proxy = await CutProxy(port_a).start()
+    a, first = pair(proxy, port_a, port_b)
+    publish = {"stride": stride, "min_tokens": 1, "min_seen": 1, "bytes_per_s": 0}
+    _, second = pair(proxy, port_a, port_b, publish=publish)
+    async with a:
+        a.work(500)
+        async with first:
+            await until(lambda: first.knows(a), "the peer's log")
+        async with second:
+            assert not second.server.readiness.ready
+            await until(lambda: second.server.readiness.ready, "the service to be ready")
+            assert second.server.health()["behind"] == []
+            assert second.knows(a)
+    await proxy.close()
+
+
 @pytest.mark.slow
 async def test_cuts_and_a_long_silence() -> None:
     """Cuts lose nothing and rebuild nothing; silence beyond the lease withholds, its end offers again."""
