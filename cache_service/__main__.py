@@ -14,6 +14,9 @@ import signal
 import sys
 from pathlib import Path
 
+# Before gRPC is loaded: its handlers would run, and log, at every fork (cache_service/snapshot.py).
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
 from cache_service import config, logs
 from cache_service.core.errors import ConfigError
 from cache_service.native import core_name

@@ -256,12 +256,17 @@ def decode_dump_request(message: pb.DumpRequest) -> tuple[Namespace, int]:
     return _namespace(message), message.page_blocks or _DEFAULT_PAGE_BLOCKS
 
 
-def encode_page(page: Changes) -> pb.DumpPage:
-    """Build a DumpPage."""
+def encode_page(page: Changes) -> bytes:
+    """Build the bytes of a DumpPage."""
     changes = list(map(_encode_change, page.changes))
     return pb.DumpPage(
         life=page.life, revision=page.revision, changes=changes, last=page.last, entries=page.entries
-    )
+    ).SerializeToString()
+
+
+def read_page(data: bytes) -> pb.DumpPage:
+    """Read what `encode_page` has built."""
+    return pb.DumpPage.FromString(data)
 
 
 def decode_page(message: pb.DumpPage) -> Changes:
