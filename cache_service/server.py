@@ -172,7 +172,8 @@ class CacheServer:
         if config.etcd is not None:
             self.replication = EtcdReplication(config.etcd, config, self.state.namespace, site)
         else:
-            self.replication = PeerReplication(config.peers or {}, config, self.state.namespace, site)
+            peers, encryption = config.peers or {}, self._config.encryption()
+            self.replication = PeerReplication(peers, config, self.state.namespace, site, encryption)
         policy = config.publish.policy(self.state.namespace.page_size)
         self._publisher = Publisher(self.replication.log, policy, may_write=self.replication.may_write)
         self.replication.on_log_lost = self._publisher.writer.start_over

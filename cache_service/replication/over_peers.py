@@ -1,6 +1,7 @@
 """Replication from service to service: this site's log served, the peers' logs followed.
 
-Decides when a peer is dead: nothing heard of it for its live lease. Everything else is as over etcd.
+Decides when a peer is dead: nothing heard of it for its live lease. Everything else is as over etcd. With
+`encryption` a peer must have a certificate of the same authority with the name of its site.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any
 
+from cache_service.channels import Encryption
 from cache_service.config import ReplicationConfig
 from cache_service.core.ids import Namespace, SiteId
 from cache_service.core.log import LogEntry, LogPosition
@@ -28,7 +30,12 @@ class PeerReplication:
     """Everything of a service that talks to its peers; make it inside the event loop."""
 
     def __init__(
-        self, peers: Mapping[str, str], config: ReplicationConfig, namespace: Namespace, site: SiteId
+        self,
+        peers: Mapping[str, str],
+        config: ReplicationConfig,
+        namespace: Namespace,
+        site: SiteId,
+        encryption: Encryption | None = None,
     ) -> None:
         self._site = site
         self._lease_s = config.live_lease_s
@@ -36,7 +43,10 @@ class PeerReplication:
         identity = namespace_id(namespace)
         self.log = InProcessLog()
         self.stream = DeltaStreamService(self.log, identity, Hello(site, self._stride))
-        self._readers = {SiteId(name): PeerReader(address, identity) for name, address in peers.items()}
+        self._readers = {
+            SiteId(name): PeerReader(address, identity, site=name, encryption=encryption)
+            for name, address in peers.items()
+        }
         self._strides = dict.fromkeys(self._readers, self._stride)
         self.replicas: Replicas | None = None
         self.on_log_lost: Callable[[], None] = lambda: None

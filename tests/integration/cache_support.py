@@ -17,6 +17,7 @@ import grpc
 import zmq
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cache_service.channels import Encryption, open_channel
 from cache_service.client import IndexClient
 from cache_service.core.ids import Namespace
 from cache_service.core.query import MatchResult
@@ -189,8 +190,16 @@ async def health_of(channel: grpc.aio.Channel) -> AsyncIterator[int]:
 class CacheProcess:
     """`python -m cache_service` as an operator runs it."""
 
-    def __init__(self, folder: Path, workers: list[Worker], **settings: object) -> None:
-        self.listen_port, self.metrics_port = free_port(), free_port()
+    def __init__(
+        self,
+        folder: Path,
+        workers: list[Worker],
+        *,
+        encryption: Encryption | None = None,
+        port: int | None = None,
+        **settings: object,
+    ) -> None:
+        self.listen_port, self.metrics_port = port or free_port(), free_port()
         self.path = folder / f"cache-{self.listen_port}.json"
         self.address = f"127.0.0.1:{self.listen_port}"
         self.path.write_text(
@@ -207,7 +216,8 @@ class CacheProcess:
             )
         )
         self.process: asyncio.subprocess.Process | None = None
-        self.client = IndexClient(self.address, timeout_s=5.0)
+        self._encryption = encryption
+        self.client = IndexClient(self.address, timeout_s=5.0, encryption=encryption)
 
     async def launch(self) -> None:
         """Start the process."""
@@ -225,7 +235,7 @@ class CacheProcess:
             raise
 
     async def _healthy(self) -> None:
-        async with grpc.aio.insecure_channel(self.address) as channel:
+        async with open_channel(self.address, self._encryption) as channel:
             async for status in health_of(channel):
                 if status == health_pb2.HealthCheckResponse.SERVING:
                     return
