@@ -7,6 +7,7 @@ Decides when a peer is dead: nothing heard of it for its live lease. Everything 
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -41,7 +42,8 @@ class PeerReplication:
         self._lease_s = config.live_lease_s
         self._stride = config.publish.stride
         identity = namespace_id(namespace)
-        self.log = InProcessLog()
+        # Not 0: a follower must not take this life's log for the one before, and go on in the middle of it.
+        self.log = InProcessLog(epoch=secrets.randbits(40))
         self.stream = DeltaStreamService(self.log, identity, Hello(site, self._stride))
         self._readers = {
             SiteId(name): PeerReader(address, identity, site=name, encryption=encryption)

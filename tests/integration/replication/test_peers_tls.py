@@ -77,42 +77,48 @@ def server(site: str, port: int, files: TlsFiles | None, peers: dict[str, int]) 
 
 
 @pytest.mark.parametrize(
-    ("followed", "follower"),
+    ("followed", "follower", "said"),
     [
-        (("ours", "C", "A"), ("ours", "B")),  # its certificate has another name
-        (("ours", "C", "C"), ("ours", "B")),  # it says itself that it is another site
-        (("others", "A", "A"), ("ours", "B")),  # of another authority
-        (("ours", "A", "A"), ("others", "B")),  # the follower is
-        (("ours", "A", "A"), None),  # the follower comes in the clear
-        (None, ("ours", "B")),  # the followed is in the clear
+        (("ours", "C", "A"), ("ours", "ours"), "Hostname Verification"),  # its certificate has another name
+        (("ours", "C", "C"), ("ours", "ours"), "Hostname Verification"),
+        (("ours", "A", "C"), ("ours", "ours"), "says that it is of site C"),
+        (("others", "A", "A"), ("ours", "ours"), "CERTIFICATE_VERIFY_FAILED"),
+        (("ours", "A", "A"), ("ours", "others"), ""),  # the follower's certificate is of others
+        (("ours", "A", "A"), None, ""),  # it comes in the clear
+        (None, ("ours", "ours"), "WRONG_VERSION_NUMBER"),  # the followed is in the clear
     ],
-    ids=["name", "site", "authority", "own-authority", "plain-follower", "plain-followed"],
+    ids=["name", "other-site", "site", "authority", "follower", "plain-follower", "plain-followed"],
 )
 async def test_who_is_not_followed(
-    tmp_path: Path, followed: tuple[str, str, str] | None, follower: tuple[str, str] | None
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    followed: tuple[str, str, str] | None,
+    follower: tuple[str, str] | None,
+    said: str,
 ) -> None:
     """Both need a certificate of one authority, and the followed one the name that it is configured under."""
     authorities = {name: Authority(tmp_path, name) for name in ("ours", "others")}
     port = free_port()
-    there = server(
-        followed[2] if followed else "A",
-        port,
-        authorities[followed[0]].files(followed[1]) if followed else None,
-        {},
-    )
-    files = authorities[follower[0]].files(follower[1]) if follower else None
-    here = server("B", free_port(), files, {"A": port})
+    theirs = authorities[followed[0]].files(followed[1]) if followed else None
+    there = server(followed[2] if followed else "A", port, theirs, {})
+    ours = None
+    if follower:
+        files = authorities[follower[1]].files("B")
+        ours = TlsFiles(str(authorities[follower[0]].ca), files.cert, files.key)
+    here = server("B", free_port(), ours, {"A": port})
     await there.start()
     await here.start()
     try:
-        replication, serving = here.replication, there.replication
+        replication = here.replication
         assert isinstance(replication, PeerReplication)
-        assert isinstance(serving, PeerReplication)
         (reader,) = replication._readers.values()
         await until(lambda: reader.resumes >= 2, "the peer to be refused")
         (site,) = replication.report()["sites"]
         assert (site["segments"], site["rebuilds"]) == (0, 0)
         assert here.health()["behind"] == ["site A"]
+        lost = [record.fields for record in caplog.records if record.msg == "peer_stream_lost"]  # type: ignore[attr-defined]
+        assert said in lost[0]["error"]
+        assert lost[0]["site"] == "A"
     finally:
         await here.stop()
         await there.stop()
