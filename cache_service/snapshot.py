@@ -6,7 +6,8 @@ of the page tables (some 2 ms for 2 M blocks) and of the pages written meanwhile
 
 What the child may do: compute on what it has, and write to its one pipe. Every other file is closed in it,
 signals but SIGKILL are blocked, and it ends by _exit: threads, locks, sockets and the event loop of this
-process are not its own. gRPC must not have handlers of its own for fork (GRPC_ENABLE_FORK_SUPPORT=0).
+process are not its own. gRPC must not have handlers of its own for fork, which would end the child: set
+GRPC_ENABLE_FORK_SUPPORT=0 before it is loaded.
 """
 
 from __future__ import annotations

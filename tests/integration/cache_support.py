@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import importlib.util
 import json
+import os
 import sys
 import time
 import types
@@ -222,7 +223,9 @@ class CacheProcess:
     async def launch(self) -> None:
         """Start the process."""
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "cache_service", "--config", str(self.path), cwd=ROOT
+            *(sys.executable, "-m", "cache_service", "--config", str(self.path)),
+            cwd=ROOT,
+            env={name: value for name, value in os.environ.items() if name != "GRPC_ENABLE_FORK_SUPPORT"},
         )
 
     async def start(self) -> None:

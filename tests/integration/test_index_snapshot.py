@@ -21,16 +21,22 @@ from tests.integration.cache_support import NAMESPACE, PAGE, CacheProcess, Worke
 BLOCKS, CHAIN = 1_000_000, 1000
 
 
-def children() -> list[psutil.Process]:
-    return psutil.Process().children()
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children()}
 
 
-async def none_left() -> bool:
-    return not children()
+async def only(before: set[int]) -> None:
+    """Await that there are no more processes of this one than before."""
+
+    async def same() -> bool:
+        return children() == before
+
+    await until(same, "the processes to be reaped")
 
 
 async def test_sees_one_instant() -> None:
     """What is changed here afterwards, and there, stays on its side."""
+    before = children()
     values = [1, 2, 3]
 
     def work() -> Iterator[bytes]:
@@ -46,11 +52,12 @@ async def test_sees_one_instant() -> None:
     assert first == b"[1, 2, 3, 0]"
     assert rest[-2:] == [b"[1, 2, 3, 0, 0, 0]", b"x" * 300_000]
     assert values == []
-    await until(none_left, "the process to be reaped")
+    await only(before)
 
 
 async def test_failures() -> None:
     """An exception, a death and a hang of the work are errors here; no process is left."""
+    before = children()
 
     def raises() -> Iterator[bytes]:
         yield b"one"
@@ -74,7 +81,7 @@ async def test_failures() -> None:
         await all_of(dies, 20.0)
     with pytest.raises(TimeoutError):
         await all_of(hangs, 0.2)
-    await until(none_left, "the processes to be reaped")
+    await only(before)
 
 
 @pytest.fixture
