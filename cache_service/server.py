@@ -121,7 +121,7 @@ class CacheServer:
 
     async def stop(self) -> None:
         """Say not serving, let calls finish, stop following; also after a `start` that failed half-way."""
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._health.enter_graceful_shutdown()
         if self._server is not None:
             await self._server.stop(_GRACE_S)
         if self._direct is not None:

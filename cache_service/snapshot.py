@@ -41,22 +41,26 @@ async def on_snapshot(
     SnapshotFailed. A reader that waits holds the work back; one that ends early ends it.
     """
     loop = asyncio.get_running_loop()
-    ends_s = loop.time() + timeout_s
     pipe, pid = _fork(work)
+    ends_s = loop.time() + timeout_s
+    # Also when nobody reads: what it holds is given back.
+    timer = loop.call_later(timeout_s, os.kill, pid, signal.SIGKILL)
     try:
         reader = asyncio.StreamReader()
         transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
     except BaseException:
         pipe.close()
+        timer.cancel()
         _end(pid)
         raise
     try:
         while True:
             try:
-                async with asyncio.timeout_at(ends_s):
-                    kind, size = _HEAD.unpack(await reader.readexactly(_HEAD.size))
-                    piece = await reader.readexactly(size)
+                kind, size = _HEAD.unpack(await reader.readexactly(_HEAD.size))
+                piece = await reader.readexactly(size)
             except asyncio.IncompleteReadError as error:
+                if loop.time() >= ends_s:
+                    raise TimeoutError(f"not had within {timeout_s:g} s") from error
                 raise SnapshotFailed("the process ended before its work") from error
             if kind == _END:
                 return
@@ -65,6 +69,7 @@ async def on_snapshot(
             yield piece
     finally:
         transport.close()
+        timer.cancel()
         _end(pid)
 
 

@@ -81,6 +81,21 @@ async def test_failures() -> None:
         await all_of(dies, 20.0)
     with pytest.raises(TimeoutError):
         await all_of(hangs, 0.2)
+
+    def long() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b"x" * 100_000
+
+    async with aclosing(on_snapshot(long, timeout_s=0.5)) as pieces:
+        await anext(pieces)
+        (pid,) = children() - before
+
+        async def ended() -> bool:
+            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+        await until(ended, "the process that nobody reads from to be killed")
+        with pytest.raises(TimeoutError):
+            [piece async for piece in pieces]
     await only(before)
 
 
