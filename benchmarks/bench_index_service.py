@@ -8,12 +8,8 @@ Ingest: from the first batch sent until the last prompt is found.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import threading
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -22,6 +18,7 @@ import zmq
 from benchmarks.harness import Row, run
 from benchmarks.index_service import peers
 from benchmarks.index_service.events import Publisher, batch, prompt
+from benchmarks.index_service.load import Latency, open_loop
 from benchmarks.index_service.services import Dynamo, Ours, Service
 from benchmarks.transfer.peers import Missing
 from prfaas_sglang.fleet.ports import free_port
@@ -34,18 +31,6 @@ ROUNDS = 3
 PEER = "dynamo.indexer"
 
 Start = Callable[[list[str]], Coroutine[Any, Any, Service]]
-
-
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """One run: microseconds, and the service's processor time a call."""
-
-    p50: float
-    p90: float
-    p99: float
-    worst: float
-    cpu: float
-    achieved: float
 
 
 def match(smoke: bool) -> list[Row]:
@@ -65,8 +50,8 @@ async def _match(seconds: float, rounds: int) -> list[Row]:
         for what in prompts:
             publishers[0].publish(batch(what))
         await _found(service, prompts[-1])
-        await _open_loop(service, prompts, 0.5)
-        return await _open_loop(service, prompts, seconds)
+        await open_loop(service, prompts, 0.5, RATE)
+        return await open_loop(service, prompts, seconds, RATE)
 
     ours, theirs, why = await _alternate(measure, rounds)
     rows = []
@@ -175,54 +160,6 @@ async def _found(service: Service, what: Any) -> None:
     async with asyncio.timeout(120):
         while await service.matched(what) < len(what.hashes):
             await asyncio.sleep(0.005)
-
-
-async def _open_loop(service: Service, prompts: list[Any], seconds: float) -> Latency:
-    """Ask at RATE whatever the answers do; a thread keeps time, since a loop's timers count milliseconds."""
-    loop = asyncio.get_running_loop()
-    number = int(RATE * seconds)
-    took: list[float] = []
-    tasks: list[asyncio.Task[None]] = []
-    started = loop.create_future()
-
-    async def ask(planned_s: float, what: Any) -> None:
-        assert await service.matched(what) == len(what.hashes)
-        took.append(time.perf_counter() - planned_s)
-
-    def tick() -> None:
-        first_s = time.perf_counter() + 0.05
-        for at in range(number):
-            planned_s = first_s + at / RATE
-            wait_s = planned_s - time.perf_counter()
-            if wait_s > 0:
-                time.sleep(wait_s)
-            loop.call_soon_threadsafe(begin, planned_s, prompts[at % len(prompts)])
-        loop.call_soon_threadsafe(started.set_result, None)
-
-    def begin(planned_s: float, what: Any) -> None:
-        tasks.append(loop.create_task(ask(planned_s, what)))
-
-    cpu_before, wall = _cpu_s(service.pid), time.perf_counter()
-    ticker = threading.Thread(target=tick)
-    ticker.start()
-    await started
-    await asyncio.gather(*tasks)
-    wall = time.perf_counter() - wall
-    ticker.join()
-    took.sort()
-    return Latency(
-        *(1e6 * took[int(share * (number - 1))] for share in (0.5, 0.9, 0.99, 1.0)),
-        cpu=1e6 * (_cpu_s(service.pid) - cpu_before) / number,
-        achieved=number / wall,
-    )
-
-
-def _cpu_s(pid: int) -> float:
-    """Return the processor time of a process, in steps of 10 ms; 0 when it is gone."""
-    with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / 100
-    return 0.0
 
 
 def _median(values: Any) -> float:

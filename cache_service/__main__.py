@@ -14,6 +14,9 @@ import signal
 import sys
 from pathlib import Path
 
+# Before gRPC is loaded: its handlers would run, and log, at every fork (cache_service/snapshot.py).
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
 from cache_service import config, logs
 from cache_service.core.errors import ConfigError
 from cache_service.native import core_name
@@ -43,11 +46,13 @@ On the worker (SGLang 0.5.21; the endpoint must be a wildcard, or SGLang connect
 clients then need a certificate of the same authority), or  insecure: true.
 
 Optional: ingest: {probe_s: 2, replay_timeout_s: 2, lease_s: 10, queue_batches: 10000}, log_flush_s: 0.1,
+ready_wait_s: 10,
 index_budget_bytes: 4294967296 (above it, what was used longest ago is forgotten; 0: no bound),
 log_level: INFO, replication: {etcd: {endpoints: [etcd-1:2379]}} (docs/configuration.md), and in namespace:
 revision, kv_dtype, layout.
 
-Logs are JSON lines on stdout; the line with the event "ready" names the ports.
+Logs are JSON lines on stdout; the line with the event "listening" names the ports. "ready" comes when the
+service has caught up with its workers and the other sites, or after ready_wait_s without ("behind" says).
 """
 
 
@@ -96,7 +101,7 @@ async def _serve(settings: config.CacheConfig) -> int:
         raise
     logs.event(
         log,
-        "ready",
+        "listening",
         pid=os.getpid(),
         site=settings.site,
         port=server.port,

@@ -15,8 +15,6 @@ from cache_service.core.errors import ConfigError
 from cache_service.wire.codec import MAX_MESSAGE_BYTES
 
 _OPTIONS: list[tuple[str, int | str]] = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),
@@ -65,14 +63,21 @@ class Encryption:
         return found[0], found[1], found[2]
 
 
-def open_channel(address: str, encryption: Encryption | None, *, name: str = "") -> grpc.aio.Channel:
+def open_channel(
+    address: str, encryption: Encryption | None, *, name: str = "", most_bytes: int = MAX_MESSAGE_BYTES
+) -> grpc.aio.Channel:
     """Dial `address` (in the background); `name` is what its certificate must have, by default its host.
 
-    Call it inside the running event loop. Raises ConfigError for files that cannot be used.
+    `most_bytes` bounds a message. Call it inside the running event loop. Raises ConfigError for files that
+    cannot be used.
     """
+    options = [
+        ("grpc.max_receive_message_length", most_bytes),
+        ("grpc.max_send_message_length", most_bytes),
+        *_OPTIONS,
+    ]
     if encryption is None:
-        return grpc.aio.insecure_channel(address, options=_OPTIONS)
-    options = list(_OPTIONS)
+        return grpc.aio.insecure_channel(address, options=options)
     if expected := encryption.server_name or name:
         options.append(("grpc.ssl_target_name_override", expected))
     return grpc.aio.secure_channel(address, encryption.client(), options=options)

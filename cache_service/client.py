@@ -5,7 +5,7 @@ down, slow or of another namespace is an answer (`available=False` and a reason)
 
 Every service has a circuit. One failed attempt opens it; a probe in the background (grpc.health.v1) closes it
 again. So a dead service costs the request that finds out, and none after; with all of them dead, `match`
-returns at once.
+returns at once. A service that is still catching up says so in its answers: others are asked before it is.
 """
 
 from __future__ import annotations
@@ -127,13 +127,13 @@ class IndexClient:
         if not queries:
             return []
         request = api_codec.encode_batch(queries)
-        response = await self._ask(lambda to, left_s: to.stub.MatchBatch(request, timeout=left_s))
-        if isinstance(response, MatchResult):
-            return [response] * len(queries)
-        try:
+
+        async def call(to: _Connection, left_s: float) -> list[MatchResult]:
+            response = await to.stub.MatchBatch(request, timeout=left_s)
             return api_codec.decode_batch_result(response, len(queries))
-        except RemoteProtocolError as error:
-            return [self._unavailable(_Failure("error", str(error)))] * len(queries)
+
+        answers = await self._ask(call)
+        return [answers] * len(queries) if isinstance(answers, MatchResult) else answers
 
     async def stats(self, *, timeout_s: float = 5.0) -> codec.Stats:
         """Ask what one of the services holds and how its streams are doing. Raises IndexUnavailable."""
@@ -171,7 +171,9 @@ class IndexClient:
             except TimeoutError:
                 return self._unavailable(_Failure("deadline", "the name did not resolve in time"))
         tried: set[str] = set()
-        while (address := self._endpoints.pick(tried)) is not None:
+        #: Of a service that is starting: better than none.
+        poor: Answer | None = None
+        while (address := self._endpoints.pick(tried, starting=poor is None)) is not None:
             left_s = ends_s - loop.time()
             if left_s <= 0:
                 break
@@ -189,9 +191,17 @@ class IndexClient:
                     break
                 self._failed(address)
                 continue
+            if _starting(answer):
+                self._endpoints.starts(address, loop.time())
+                self._probe_soon()
+                poor = answer
+                continue
             self._endpoints.answered(address)
             self._last_reason = ""
             return answer
+        if poor is not None:
+            self._last_reason = ""
+            return poor
         return self._unavailable(failure)
 
     def _connection(self, address: str) -> _Connection:
@@ -204,11 +214,14 @@ class IndexClient:
 
     def _failed(self, address: str) -> None:
         self._endpoints.failed(address, asyncio.get_running_loop().time())
+        self._probe_soon()
+
+    def _probe_soon(self) -> None:
         if self._prober is None or self._prober.done():
             self._prober = asyncio.get_running_loop().create_task(self._probe(), name="index prober")
 
     async def _probe(self) -> None:
-        """Ask the services that failed for their health until every one is well."""
+        """Ask the services that failed or are starting for their health until every one is well."""
         loop = asyncio.get_running_loop()
         while (at_s := self._endpoints.next_probe_s()) is not None:
             await asyncio.sleep(max(0.0, at_s - loop.time()))
@@ -225,7 +238,7 @@ class IndexClient:
         if answer.status == health_pb2.HealthCheckResponse.SERVING:
             self._endpoints.answered(address)
         else:
-            self._endpoints.failed(address, asyncio.get_running_loop().time())
+            self._endpoints.starts(address, asyncio.get_running_loop().time())
 
     async def _resolve(self) -> None:
         """Find out what the names stand for, now and again."""
@@ -285,6 +298,11 @@ class _Refused(Exception):
     def __init__(self, reason: str, details: str) -> None:
         super().__init__(details)
         self.reason = reason
+
+
+def _starting(answer: Any) -> bool:
+    starting: bool = (answer[0] if isinstance(answer, list) else answer).starting
+    return starting
 
 
 #: gRPC's status numbers, as direct answers carry them.

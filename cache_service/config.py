@@ -135,7 +135,7 @@ class ReplicationConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True)
 
     Attributes:
         etcd: members that every site can reach.
-        peers: site -> host:port of the cache service there.
+        peers: site -> host:port of the cache service there; encrypted as `listen` is.
         name: of this service in its site; of several services in a site, one publishes.
         live_lease_s: a site that is silent for so long is not offered.
         data_lease_s: a site that is silent for so long is forgotten.
@@ -155,10 +155,12 @@ class CacheConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """The whole file.
 
     Attributes:
-        tls: mutual TLS on `listen`; clients need a certificate of the same authority.
-        insecure: plain TCP on `listen` although it is not loopback.
+        tls: mutual TLS on `listen` and to `replication.peers`, both ways with a certificate of the same
+            authority; a peer's must have the name of its site.
+        insecure: plain TCP on `listen`, and to peers, although they are not loopback.
         direct_listen: Match without gRPC, plain TCP, on the host of `listen`; "" for any port of loopback,
             nothing elsewhere or with `tls`; "off" for nothing.
+        ready_wait_s: how long a start may take to catch up; then the service calls itself ready all the same.
         index_budget_bytes: about how much the index of the followed workers may take, and as much again each
             index of other sites' blocks (one per publishing stride); above it the prefixes used longest ago
             are forgotten. 0 for no bound.
@@ -174,6 +176,7 @@ class CacheConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     metrics_listen: str | None = None
     ingest: IngestConfig = IngestConfig()
     replication: ReplicationConfig | None = None
+    ready_wait_s: float = 10.0
     index_budget_bytes: int = 4 << 30
     log_flush_s: float = 0.1
     log_level: str = "INFO"
@@ -234,10 +237,10 @@ def _check(config: CacheConfig) -> None:
         if config.tls is not None:
             raise ConfigError("direct_listen: is plain TCP; leave it out, or give it without tls")
         check_plain("direct_listen", config.direct_listen, tls=False, insecure=config.insecure)
-    if config.tls is not None and config.replication is not None and config.replication.peers is not None:
+    if config.tls is not None and config.tls.server_name:
         raise ConfigError(
-            "tls: peer streams of replication.peers are plain TCP and cannot reach a service with tls; "
-            "replicate over etcd, or give insecure: true inside a tunnel"
+            "tls.server_name: means nothing here; leave it out: who is in replication.peers must have a "
+            "certificate with the name of its site"
         )
     if (encryption := config.encryption()) is not None:
         encryption.server()
@@ -263,24 +266,28 @@ def _check(config: CacheConfig) -> None:
         _positive(getattr(config.ingest, name), f"ingest.{name}", 3600)
     _positive(config.ingest.queue_batches, "ingest.queue_batches", 1_000_000)
     _positive(config.log_flush_s, "log_flush_s", 60)
+    if not 0 <= config.ready_wait_s <= 3600:
+        raise ConfigError(f"ready_wait_s: {config.ready_wait_s} is not in 0..3600; 0 waits for nothing")
     if config.index_budget_bytes < 0:
         raise ConfigError(
             f"index_budget_bytes: {config.index_budget_bytes} is negative; give bytes, 0 for no bound"
         )
     if config.replication is not None:
-        _check_replication(config.replication, config.site, config.namespace.page_size)
+        _check_replication(config.replication, config)
 
 
-def _check_replication(config: ReplicationConfig, site: str, page_size: int) -> None:
+def _check_replication(config: ReplicationConfig, service: CacheConfig) -> None:
     if (config.etcd is None) == (config.peers is None):
         raise ConfigError("replication: give either etcd or peers")
     if config.etcd is not None:
         config.etcd.client_config()
     for name, address in (config.peers or {}).items():
         parse_name(name, field=f"replication.peers.{name}")
-        split_address(address, field=f"replication.peers.{name}")
-        if name == site:
+        if name == service.site:
             raise ConfigError(f"replication.peers.{name}: is this service's own site")
+        check_plain(
+            f"replication.peers.{name}", address, tls=service.tls is not None, insecure=service.insecure
+        )
     if config.name:
         parse_name(config.name, field="replication.name")
     if not 2 <= config.live_lease_s < config.data_lease_s <= 86400:
@@ -290,7 +297,7 @@ def _check_replication(config: ReplicationConfig, site: str, page_size: int) -> 
         )
     _positive(config.maintenance_s, "replication.maintenance_s", 3600)
     try:
-        config.publish.policy(page_size)
+        config.publish.policy(service.namespace.page_size)
     except ConfigError as error:
         raise ConfigError(f"replication.{error}") from error
 

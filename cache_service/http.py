@@ -1,4 +1,4 @@
-"""The plain HTTP side of a cache service: GET /metrics (Prometheus) and GET /health (JSON). Read-only."""
+"""The plain HTTP side of a cache service, read-only: GET /metrics (Prometheus), /health and /ready (JSON)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ class HttpSide:
     async def listen(
         cls, host: str, port: int, registry: CollectorRegistry, health: Callable[[], Mapping[str, object]]
     ) -> HttpSide:
-        """Listen on `port`, 0 for any. Raises ConfigError when the address cannot be had."""
+        """Listen on `port`, 0 for any. Raises ConfigError when the address cannot be had.
+
+        /health is always 200; /ready is 503 with the same body until `health` says that `ready` is true.
+        """
 
         async def metrics(_: web.Request) -> web.Response:
             return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
@@ -31,9 +34,14 @@ class HttpSide:
         async def healthy(_: web.Request) -> web.Response:
             return web.json_response(health())
 
+        async def ready(_: web.Request) -> web.Response:
+            body = health()
+            return web.json_response(body, status=200 if body["ready"] else 503)
+
         application = web.Application(client_max_size=_MAX_BODY_BYTES)
         application.router.add_get("/metrics", metrics)
         application.router.add_get("/health", healthy)
+        application.router.add_get("/ready", ready)
         runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=1.0)
         await runner.setup()
         try:

@@ -63,6 +63,8 @@ _ATTEMPTS = 3
 _RETRY_S = (0.2, 1.0)
 _WITHOUT_REPLAY_S = 30.0
 _FIRST_PROBE_S = 0.25
+#: A worker that is silent for so long does not answer, as far as a service that starts is concerned.
+_ANSWER_S = 2.0
 #: A dump is made beside a scheduler that may keep the interpreter for itself; nothing is claimed meanwhile.
 _DUMP_WAIT_S = 30.0
 _WARN_EVERY_S = 10.0
@@ -110,9 +112,17 @@ class SourceStream:
         #: When the timers have something to do (loop time); None when not.
         self._sync_at_s: float | None = None
         self._drop_at_s: float | None = None
+        #: When the worker last said something (loop time), and whether its past was taken or given up.
+        self._spoke_s = self._now()
+        self._settled = False
         self._replay_off_until_s = 0.0
         self._state = SourceState.CONNECTING
         state.metrics.source_state(self._site, None, self._state.name.lower())
+
+    @property
+    def name(self) -> str:
+        """Worker and rank, for people."""
+        return f"{self._source.worker_id}/{self._source.dp_rank}"
 
     def stats(self) -> SourceStats:
         """Return how the stream is doing."""
@@ -126,10 +136,15 @@ class SourceStream:
             counts={kind.value: number for kind, number in self._counts.items()},
         )
 
+    @property
+    def behind(self) -> bool:
+        """Whether the worker answers and what it held before this service started is still to be taken."""
+        return not self._settled and self._now() - self._spoke_s < _ANSWER_S
+
     async def run(self) -> None:
         """Follow the stream until cancelled."""
         subscriber = self._subscriber()
-        events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
         monitor = subscriber.get_monitor_socket(events)
         poller = zmq.asyncio.Poller()
         poller.register(subscriber, zmq.POLLIN)
@@ -140,7 +155,10 @@ class SourceStream:
                 ready = dict(await poller.poll(self._wait_ms()))
                 if monitor in ready:
                     message = await recv_monitor_message(monitor)
-                    await self._connection_changed(message["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED)
+                    if message["event"] == zmq.EVENT_CONNECT_RETRIED:
+                        self._settled = True  # nobody listens there
+                    else:
+                        await self._connection_changed(message["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED)
                 if subscriber in ready:
                     await self._drain(subscriber)
                 await self._timers()
@@ -156,11 +174,13 @@ class SourceStream:
     async def _connection_changed(self, connected: bool) -> None:
         self._connected = connected
         if connected:
+            self._spoke_s = self._now()
             self._drop_at_s = None
             self._failed_attempts, self._in_doubt = 0, True
             self._enter(SourceState.SYNCING)
             await self._synchronise()
         elif self._state is not SourceState.GONE:
+            self._settled = True
             self._count(Happening.DISCONNECTED, warn=True)
             self._sync_at_s = None
             self._drop_at_s = self._now() + self._config.lease_s
@@ -262,6 +282,7 @@ class SourceStream:
                 wait_s = self._config.replay_timeout_s if page else _DUMP_WAIT_S
                 async with asyncio.timeout(wait_s):  # not wait_for: see _replay_round
                     frames = await dealer.recv_multipart()
+                self._spoke_s = self._now()
                 found = self._index.decode_page(frames[-1])
                 if found.page != page or found.pages < 1 or (page and found.dump != dump):
                     raise RemoteProtocolError(f"page {page} of dump {dump} is gone", reason="dump_gone")
@@ -292,6 +313,7 @@ class SourceStream:
                 # Not wait_for: before Python 3.12 it loses a cancellation that meets an answer.
                 async with asyncio.timeout(wait_s):
                     frames = await dealer.recv_multipart()
+                self._spoke_s = self._now()
                 wait_s = min(wait_s, _REPLAY_PAUSE_S)
                 step = self._replayed(frames)
                 if step not in (Step.APPLY, Step.SKIP, Step.LOST):
@@ -327,6 +349,7 @@ class SourceStream:
         return step
 
     def _replay_failed(self) -> None:
+        self._settled = True
         self._count(Happening.REPLAY_FAILED, warn=True, endpoint=self._worker.replay)
         if not self._connected:
             return
@@ -407,6 +430,7 @@ class SourceStream:
         self._count(why, warn=True, dropped_entries=self._index.clear(self._source))
 
     def _go_live(self, probe_s: float | None) -> None:
+        self._settled = True
         if self._state is not SourceState.LIVE:
             self._index.index.restore(self._source)
             self._enter(SourceState.LIVE)

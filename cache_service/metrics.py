@@ -14,6 +14,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from cache_service.core.index import Applied, IndexCounts
+from cache_service.core.readiness import Kind, Readiness
 
 #: A match takes microseconds in the core and some hundreds through gRPC.
 _MATCH_BUCKETS_S = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)
@@ -151,6 +152,20 @@ class IndexMetrics:
     def observe_replication(self, report: Callable[[], dict[str, Any]]) -> None:
         """Publish how replication is doing, read when scraped."""
         self.registry.register(_ReplicationCollector(report))
+
+    def observe_readiness(self, readiness: Readiness, now_s: Callable[[], float]) -> None:
+        """Publish whether the service is ready, and what it has not caught up with, read when scraped."""
+        Gauge(
+            "prfaas_index_ready_count", "Whether the service has called itself ready", registry=self.registry
+        ).set_function(lambda: float(readiness.ready))
+        behind = Gauge(
+            "prfaas_index_behind_seconds",
+            "Since the start, while something of this kind has not been caught up with; 0 when all has",
+            ["kind"],
+            registry=self.registry,
+        )
+        for kind in Kind:
+            behind.labels(kind.value).set_function(lambda kind=kind: readiness.behind_s(kind, now_s()))
 
     def observe_log(self, log_bytes: Callable[[], int], segments: Callable[[], int]) -> None:
         """Publish the size of the delta log above its snapshot, read when scraped."""

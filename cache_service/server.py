@@ -6,6 +6,7 @@ Decides in which order things start and stop; the RPCs are service.py's.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -21,6 +22,7 @@ from cache_service.config import CacheConfig
 from cache_service.core.addresses import split_address
 from cache_service.core.errors import ConfigError, PrfaasError
 from cache_service.core.ids import SiteId
+from cache_service.core.readiness import Behind, Kind, Readiness
 from cache_service.direct import DirectServer
 from cache_service.etcd.core.retry import backoff_s
 from cache_service.http import HttpSide
@@ -38,6 +40,9 @@ log = logging.getLogger(__name__)
 
 SERVICE = "prfaas.cache.v1.PrefixIndex"
 _GRACE_S = 1.0
+#: How often a service that starts, or that is ready and behind, looks whether it has caught up.
+_LOOK_STARTING_S = 0.02
+_LOOK_BEHIND_S = 0.25
 #: so_reuseport off: a second service on the same port fails instead of sharing its connections.
 _OPTIONS = [
     ("grpc.so_reuseport", 0),
@@ -70,6 +75,8 @@ class CacheServer:
         self.replication: EtcdReplication | PeerReplication | None = None
         self._publisher: Publisher | None = None
         self._streams: list[SourceStream] = []
+        #: When the first catch-up has ended; set by `start`.
+        self.readiness = Readiness(0.0, 0.0)
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: grpc.aio.Server | None = None
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
@@ -83,7 +90,13 @@ class CacheServer:
         self.metrics_port: int | None = None
 
     async def start(self) -> None:
-        """Listen, then follow the workers. Raises ConfigError when an address cannot be had; then `stop`."""
+        """Listen, then follow the workers; ready comes later.
+
+        Raises ConfigError when an address cannot be had; then `stop`.
+        """
+        clock = asyncio.get_running_loop().time
+        self.readiness = Readiness(clock(), self._config.ready_wait_s)
+        self.state.metrics.observe_readiness(self.readiness, clock)
         self._replicate()
         self._server = self._grpc_server()
         if self._config.metrics_listen is not None:
@@ -102,12 +115,13 @@ class CacheServer:
             for name, work in self.replication.work(self.state.indexes, self.state.claims).items():
                 self._spawn(work, name)
         self._spawn(self._flush_log(), "delta log")
+        await self._look()
         await self._server.start()
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._spawn(self._catch_up(), "first catch-up", ends=True)
 
     async def stop(self) -> None:
         """Say not serving, let calls finish, stop following; also after a `start` that failed half-way."""
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._health.enter_graceful_shutdown()
         if self._server is not None:
             await self._server.stop(_GRACE_S)
         if self._direct is not None:
@@ -123,6 +137,33 @@ class CacheServer:
         if self._context is not None:
             self._context.destroy(linger=0)
 
+    async def _catch_up(self) -> None:
+        """Say ready when the first catch-up has ended or takes too long; follow it to its end."""
+        while self.readiness.behind:
+            await asyncio.sleep(_LOOK_BEHIND_S if self.readiness.ready else _LOOK_STARTING_S)
+            await self._look()
+
+    async def _look(self) -> None:
+        before = self.readiness.ready
+        self.readiness.look(asyncio.get_running_loop().time(), self._behind())
+        self.state.starting = not self.readiness.ready
+        if not self.readiness.ready:
+            await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+            return
+        behind = [str(one) for one in self.readiness.behind]
+        if not before:
+            await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+            logs.event(log, "ready", logging.WARNING if behind else logging.INFO, behind=behind)
+        elif not behind:
+            logs.event(log, "caught_up")
+
+    def _behind(self) -> list[Behind]:
+        found = self.replication.behind() if self.replication is not None else []
+        for stream in self._streams:
+            if stream.behind:
+                found.append(Behind(Kind.WORKER, stream.name))
+        return found
+
     def _replicate(self) -> None:
         """Publish this site's changes and follow the other sites, if configured."""
         config, site = self._config.replication, SiteId(self._config.site)
@@ -131,7 +172,8 @@ class CacheServer:
         if config.etcd is not None:
             self.replication = EtcdReplication(config.etcd, config, self.state.namespace, site)
         else:
-            self.replication = PeerReplication(config.peers or {}, config, self.state.namespace, site)
+            peers, encryption = config.peers or {}, self._config.encryption()
+            self.replication = PeerReplication(peers, config, self.state.namespace, site, encryption)
         policy = config.publish.policy(self.state.namespace.page_size)
         self._publisher = Publisher(self.replication.log, policy, may_write=self.replication.may_write)
         self.replication.on_log_lost = self._publisher.writer.start_over
@@ -179,12 +221,16 @@ class CacheServer:
             bytes_estimate=self.state.index.bytes_estimate,
             watchers=self._service.watchers,
             direct_port=self._direct.port if self._direct else 0,
+            starting=not self.readiness.ready,
+            behind=tuple(map(str, self.readiness.behind)),
         )
 
     def health(self) -> dict[str, object]:
-        """Return the body of GET /health: serving, and the stream states by worker."""
+        """Return the body of GET /health and /ready: readiness, and the stream states by worker."""
         return {
-            "status": "ok",
+            "status": "ok" if self.readiness.ready else "starting",
+            "ready": self.readiness.ready,
+            "behind": [str(one) for one in self.readiness.behind],
             **({"replication": self.replication.report()} if self.replication else {}),
             "site": self._config.site,
             "revision": self.state.index.revision,
@@ -219,14 +265,14 @@ class CacheServer:
         for service in ("", SERVICE):
             await self._health.set(service, status)
 
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str, *, ends: bool = False) -> None:
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(functools.partial(self._ended, ends=ends))
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, task: asyncio.Task[None], *, ends: bool) -> None:
         """A task that ends by itself is our bug: end the process loudly, do not serve a frozen index."""
-        if task.cancelled() or self.failed:
+        if task.cancelled() or self.failed or (ends and task.exception() is None):
             return
         self.failed = True
         logs.event(log, "task_failed", logging.CRITICAL, task=task.get_name(), problem=repr(task.exception()))

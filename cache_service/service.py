@@ -1,18 +1,20 @@
 """The RPCs of the prefix index: decode, ask the core, encode.
 
 Decides how an error becomes a gRPC status (one table, `_STATUS`), and what of an answer may be done while
-others wait: reports about the whole index work on a copy, in a thread, one at a time. It must not decide
-what matches.
+others wait: what reads the whole index works on a snapshot, in a process of its own. It must not decide what
+matches.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import pickle
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, NoReturn
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 
@@ -22,18 +24,21 @@ from cache_service.core.errors import PrfaasError, RemoteProtocolError
 from cache_service.core.explain import presence, report
 from cache_service.core.ids import BlockHash, SourceId
 from cache_service.core.query import Holder, Query
+from cache_service.snapshot import on_snapshot
 from cache_service.state import IndexState, UnknownNamespace
 from cache_service.wire import api_codec, cache_pb2_grpc, codec
 from cache_service.wire.api_codec import Changes, CheckReport, Explained, Explanation, HotHeld
 
 MAX_WATCHERS = 64
-_MAX_COPIES = {"report": 1, "dump": 2}
-#: A dump that a client reads more slowly is ended: it holds a copy of the index.
-DUMP_S = 300.0
+_MAX_SNAPSHOTS = {"report": 1, "dump": 2}
+#: A dump that a client reads more slowly is ended: its snapshot holds memory.
+SNAPSHOT_S = 300.0
 #: Changes are remembered for so long after the last dump or watch, for who comes back.
 REMEMBER_S = 60.0
 _WATCH_BLOCKS = 16_384
 _MAX_VIOLATIONS = 20
+
+Answer = TypeVar("Answer")
 
 
 class Busy(PrfaasError):
@@ -58,8 +63,8 @@ class PrefixIndexService(cache_pb2_grpc.PrefixIndexServicer):
         self._stats = stats
         #: Tells one life of the service from another, where revisions start again.
         self.life = secrets.randbits(63) | 1
-        #: Calls being answered that work on a copy of the index.
-        self._copies = {"report": 0, "dump": 0}
+        #: Snapshots being worked on.
+        self._snapshots = {"report": 0, "dump": 0}
         self._followed_s = 0.0
 
     @property
@@ -75,7 +80,7 @@ class PrefixIndexService(cache_pb2_grpc.PrefixIndexServicer):
             holders = self._state.answer(query)
         except PrfaasError as error:
             await self._refuse(context, "Match", error, started_s)
-        response = codec.encode_result(holders, self._state.index.revision)
+        response = codec.encode_result(holders, self._state.index.revision, starting=self._state.starting)
         self._matched([query], [holders], started_s)
         return response
 
@@ -90,7 +95,7 @@ class PrefixIndexService(cache_pb2_grpc.PrefixIndexServicer):
             self._state.metrics.match(outcome, time.perf_counter() - started_s, 0, 0)
             number: int = status.value[0]
             return number, str(error).encode()
-        response = codec.encode_result(holders, self._state.index.revision)
+        response = codec.encode_result(holders, self._state.index.revision, starting=self._state.starting)
         self._matched([query], [holders], started_s)
         return 0, response.SerializeToString()
 
@@ -108,7 +113,9 @@ class PrefixIndexService(cache_pb2_grpc.PrefixIndexServicer):
                     raise UnknownNamespace(f"queries[{position}].{error}") from error
         except PrfaasError as error:
             await self._refuse(context, "MatchBatch", error, started_s)
-        response = api_codec.encode_batch_result(answers, self._state.index.revision)
+        response = api_codec.encode_batch_result(
+            answers, self._state.index.revision, starting=self._state.starting
+        )
         self._matched(queries, answers, started_s)
         return response
 
@@ -118,8 +125,7 @@ class PrefixIndexService(cache_pb2_grpc.PrefixIndexServicer):
         try:
             query = codec.decode_query(request)
             self._state.check_namespace(query.namespace)
-            with self._copying("report"):
-                explanation = await self._explain(query)
+            explanation = await self._explain(query)
         except PrfaasError as error:
             await self._refuse(context, "Explain", error, started_s)
         self._called("Explain", started_s)
@@ -147,12 +153,10 @@ class PrefixIndexService(cache_pb2_grpc.PrefixIndexServicer):
         try:
             namespace, page_blocks = api_codec.decode_dump_request(request)
             self._state.check_namespace(namespace)
-            with self._copying("dump"), self._following():
-                pages = self._pages(page_blocks)
-                while (page := await asyncio.to_thread(next, pages, None)) is not None:
-                    if time.perf_counter() - started_s > DUMP_S:
-                        raise Busy(f"dump: not read within {DUMP_S:g} s")
-                    yield page
+            with self._following():
+                async with aclosing(self._on_snapshot("dump", lambda: self._pages(page_blocks))) as pages:
+                    async for page in pages:
+                        yield api_codec.read_page(page)
         except PrfaasError as error:
             await self._refuse(context, "Dump", error, started_s)
         self._called("Dump", started_s)
@@ -187,14 +191,12 @@ class PrefixIndexService(cache_pb2_grpc.PrefixIndexServicer):
             self._state.followers.discard(more)
 
     async def Check(self, request: Any, context: Any) -> Any:
-        """Hold the invariants of the index against a copy of it."""
+        """Hold the invariants of the index against a snapshot of it."""
         started_s = time.perf_counter()
         try:
             self._state.check_namespace(api_codec.decode_check_request(request))
-            with self._copying("report"):
-                copy, revision = self._state.index.copy(), self._state.index.revision
-                counts = copy.counts()
-                violations = await asyncio.to_thread(_violations, copy.check)
+            revision, counts = self._state.index.revision, self._state.index.counts()
+            violations = await self._report(lambda: _violations(self._state.index.check))
         except PrfaasError as error:
             await self._refuse(context, "Check", error, started_s)
         self._called("Check", started_s)
@@ -212,16 +214,16 @@ class PrefixIndexService(cache_pb2_grpc.PrefixIndexServicer):
     async def _explain(self, query: Query) -> Explanation:
         state, page_size = self._state, self._state.namespace.page_size
         answered = {SourceId(one.worker_id, one.dp_rank): one for one in state.answer(query)}
-        copy, revision = state.index.copy(), state.index.revision
+        index, revision = state.index, state.index.revision
         blocks = len(query.hashes)
         limit = usable_tokens(blocks * page_size, query.total_tokens, page_size) // page_size
 
         def read() -> list[Explained]:
-            for source in copy.sources():
-                copy.restore(source)
-            held = presence(query.hashes, copy.dump())
+            for source in index.sources():
+                index.restore(source)  # in the snapshot alone
+            held = presence(query.hashes, index.dump())
             found = []
-            for source, matched, usable in copy.match(query.hashes, limit):
+            for source, matched, usable in index.match(query.hashes, limit):
                 if not state.follows(source):
                     continue
                 holder = Holder(
@@ -235,7 +237,7 @@ class PrefixIndexService(cache_pb2_grpc.PrefixIndexServicer):
                 found.append(Explained(holder, explained, None, -1.0, source in answered))
             return found
 
-        own = await asyncio.to_thread(read)
+        own = await self._report(read)
         states = {stats.source: stats.state for stats in self._stats().sources}
         now_s = time.monotonic()
         holders = []
@@ -251,25 +253,44 @@ class PrefixIndexService(cache_pb2_grpc.PrefixIndexServicer):
                 holders.append(Explained(holder, explained, None, -1.0, True))
         return Explanation(tuple(holders), blocks, limit * page_size, revision)
 
-    def _pages(self, page_blocks: int) -> Iterator[Any]:
-        """Copy the index now; return the pages, to be made in a thread."""
-        copy, revision = self._state.index.copy(), self._state.index.revision
-        follows = self._state.follows
+    def _pages(self, page_blocks: int) -> Iterator[bytes]:
+        """Yield the pages of a dump; takes the index apart, so only on a snapshot."""
+        index, revision = self._state.index, self._state.index.revision
+        for source in index.sources():
+            if not self._state.follows(source):
+                index.drop(source)
+        counts = index.counts()
+        entries = counts.entries + counts.group_entries
+        previous: tuple[history.Change, ...] = ()
+        for page in history.slices(index.dump(), page_blocks):
+            if previous:
+                yield api_codec.encode_page(Changes(self.life, revision, previous, entries=entries))
+            previous = tuple(page)
+        yield api_codec.encode_page(Changes(self.life, revision, previous, True, entries))
 
-        def pages() -> Iterator[Any]:
-            for source in copy.sources():
-                if not follows(source):
-                    copy.drop(source)
-            counts = copy.counts()
-            entries = counts.entries + counts.group_entries
-            previous: tuple[history.Change, ...] = ()
-            for page in history.slices(copy.dump(), page_blocks):
-                if previous:
-                    yield api_codec.encode_page(Changes(self.life, revision, previous, entries=entries))
-                previous = tuple(page)
-            yield api_codec.encode_page(Changes(self.life, revision, previous, True, entries))
+    async def _report(self, work: Callable[[], Answer]) -> Answer:
+        """Return what `work` does on a snapshot. Raises Busy."""
+        async with aclosing(self._on_snapshot("report", lambda: iter([pickle.dumps(work())]))) as pieces:
+            answer: Answer = pickle.loads(await anext(pieces))  # of a process of ours
+        return answer
 
-        return pages()
+    async def _on_snapshot(
+        self, kind: str, work: Callable[[], Iterator[bytes]]
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield what `work` yields on a snapshot of everything as it is now. Raises Busy."""
+        if self._snapshots[kind] >= _MAX_SNAPSHOTS[kind]:
+            raise Busy(f"{kind}: {_MAX_SNAPSHOTS[kind]} at a time; ask again later")
+        self._snapshots[kind] += 1
+        try:
+            async with aclosing(on_snapshot(work, timeout_s=SNAPSHOT_S)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except TimeoutError as error:
+            raise Busy(f"{kind}: not done, or not read, within {SNAPSHOT_S:g} s") from error
+        except OSError as error:
+            raise Busy(f"{kind}: no process for it: {error.strerror}; ask again later") from error
+        finally:
+            self._snapshots[kind] -= 1
 
     def _holders_of(self, block: BlockHash) -> tuple[Holder, ...]:
         return tuple(
@@ -310,16 +331,6 @@ class PrefixIndexService(cache_pb2_grpc.PrefixIndexServicer):
             self._state.history.stop()
 
     # -- calls -----------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _copying(self, kind: str) -> Iterator[None]:
-        if self._copies[kind] >= _MAX_COPIES[kind]:
-            raise Busy(f"{kind}: {_MAX_COPIES[kind]} at a time; ask again later")
-        self._copies[kind] += 1
-        try:
-            yield
-        finally:
-            self._copies[kind] -= 1
 
     def _matched(self, queries: list[Query], answers: list[list[Holder]], started_s: float) -> None:
         seconds = (time.perf_counter() - started_s) / max(1, len(queries))

@@ -67,6 +67,8 @@ class IndexState:
         self._publisher: Publisher | None = None
         self._published_site: SiteId | None = None
         self.hot = HotPrefixes()
+        #: Whether answers are given before the first catch-up has ended.
+        self.starting = False
         #: Changes of the sources followed, while somebody follows us, and what to set when there are more.
         self.history = History()
         self.followers: set[asyncio.Event] = set()

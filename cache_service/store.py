@@ -47,11 +47,11 @@ class DeltaLog(Protocol):
 
 
 class InProcessLog:
-    """A delta log in memory: one machine, and tests."""
+    """A delta log in memory; its writers' epochs are above `epoch`."""
 
-    def __init__(self, *, max_segments: int = 4096) -> None:
+    def __init__(self, *, max_segments: int = 4096, epoch: int = 0) -> None:
         self._max_segments = max_segments
-        self._snapshot = Snapshot(LogPosition(0, 0), b"")
+        self._snapshot = Snapshot(LogPosition(epoch, 0), b"")
         self._segments: deque[Segment] = deque()
         self._changed = asyncio.Condition()
 

@@ -220,6 +220,9 @@ async def _stats(admin: IndexAdmin, arguments: argparse.Namespace) -> int:
         f"{counts.blocks} blocks, {counts.entries} entries, {counts.group_entries} of states and windows, "
         f"{counts.orphans} orphans, revision {stats.revision}, {stats.watchers} watchers"
     )
+    if stats.behind:
+        state = "starting" if stats.starting else "ready, answers may be stale"
+        title += f"; {state}: has not caught up with {', '.join(stats.behind)}"
     _show(arguments, title, head, rows, empty="no event stream is configured")
     return 0
 

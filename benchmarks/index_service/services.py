@@ -38,8 +38,9 @@ class Service(Protocol):
 class Ours:
     """python -m cache_service, asked with the router's own client."""
 
-    def __init__(self, process: asyncio.subprocess.Process, client: IndexClient) -> None:
-        self._process, self._client = process, client
+    def __init__(self, process: asyncio.subprocess.Process, address: str) -> None:
+        self._process, self._client = process, IndexClient(address, timeout_s=5.0)
+        self.address = address
         self.pid = process.pid
 
     @classmethod
@@ -65,8 +66,11 @@ class Ours:
         )
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             stub = health_pb2_grpc.HealthStub(channel)
-            await stub.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=_START_S)
-        return cls(process, IndexClient(f"127.0.0.1:{port}", timeout_s=5.0))
+            watching = stub.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=_START_S)
+            async for answer in watching:
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    break
+        return cls(process, f"127.0.0.1:{port}")
 
     async def matched(self, prompt: Prompt) -> int:
         """Return the blocks of the prompt that the deepest holder has."""

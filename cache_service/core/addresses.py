@@ -22,7 +22,8 @@ def check_plain(field: str, address: str, *, tls: bool, insecure: bool) -> None:
     """Raise ConfigError unless `address` is loopback, or exactly one of `tls` and `insecure` is given."""
     if tls and insecure:
         raise ConfigError(f"{field}: both tls and insecure: true are given; give one")
-    if not tls and not insecure and not is_loopback(split_address(address, field=field)[0]):
+    host, _ = split_address(address, field=field)
+    if not tls and not insecure and not is_loopback(host):
         raise ConfigError(
             f"{field}: {address} is not loopback: give tls {{ca, cert, key}}, or insecure: true, which lets "
             "anyone on the way read and answer"

@@ -56,9 +56,11 @@ class MatchResult:
         reason: "" when available, else one of client.REASONS.
         holders: deepest prefix first.
         revision: of the index, comparable within one life of the service.
+        starting: the service has not caught up since its start, and no other one was there to ask.
     """
 
     available: bool
     reason: str
     holders: tuple[Holder, ...]
     revision: int
+    starting: bool = False

@@ -72,6 +72,8 @@ class EtcdLog:
         self.trouble = ""
         #: Called whenever a reader heard from etcd, be it that nothing is new.
         self.on_heard: Callable[[], None] = lambda: None
+        #: Called whenever what a listing had has been taken by who watches.
+        self.on_caught_up: Callable[[], None] = lambda: None
 
     @property
     def end(self) -> LogPosition:
@@ -167,6 +169,8 @@ class EtcdLog:
                         kvs = ((kv.key, kv.value) for kv in item.kvs)
                         for entry in reader.page(kvs, first=item.first, last=item.last):
                             yield entry
+                        if item.last:
+                            self.on_caught_up()
                     case Changes():
                         for event in item.events:
                             put = event.kind is EventKind.PUT

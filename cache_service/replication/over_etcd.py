@@ -17,6 +17,7 @@ from cache_service.config import EtcdSettings, ReplicationConfig
 from cache_service.core.errors import PrfaasError, RemoteProtocolError
 from cache_service.core.ids import Namespace, SiteId
 from cache_service.core.log import LogEntry, LogPosition
+from cache_service.core.readiness import Behind, Kind
 from cache_service.etcd.client import EtcdClient
 from cache_service.etcd.core.model import Changes, EventKind, KeyRange, KeyValue, Page
 from cache_service.etcd.core.retry import backoff_s
@@ -24,7 +25,7 @@ from cache_service.replication.etcd_log import EtcdLog
 from cache_service.replication.maintenance import Maintenance
 from cache_service.replication.presence import Presence, live_prefix, read_live
 from cache_service.replication.replica import Claims, Indexes
-from cache_service.replication.replicas import Replicas
+from cache_service.replication.replicas import Call, Replicas
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ class EtcdReplication:
         #: Called when this site's log is not in etcd any more.
         self.on_log_lost: Callable[[], None] = lambda: None
         self.replicas: Replicas | None = None
+        #: Sites that were alive when live keys were first listed; None before.
+        self._found: frozenset[SiteId] | None = None
         #: Live keys that were none.
         self.malformed = 0
 
@@ -87,6 +90,12 @@ class EtcdReplication:
             "discovery": self._discover(self.replicas),
             "maintenance": self.maintenance.run(),
         }
+
+    def behind(self) -> list[Behind]:
+        """Return what of the other sites' logs, as they were at the start, is still to be taken."""
+        if self._found is None or self.replicas is None:
+            return [Behind(Kind.DISCOVERY)]
+        return [Behind(Kind.SITE, site) for site in sorted(self._found) if self.replicas.behind(site)]
 
     def report(self) -> dict[str, Any]:
         """Return how replication is doing: for GET /health and for tests."""
@@ -109,10 +118,10 @@ class EtcdReplication:
         await self.etcd.close()
 
     async def _open_log(
-        self, site: SiteId, after: LogPosition | None, heard: Callable[[], None]
+        self, site: SiteId, after: LogPosition | None, heard: Call, caught_up: Call
     ) -> AsyncGenerator[LogEntry, None]:
         reader = EtcdLog(self.etcd, self._namespace, site, progress_s=_PROGRESS_S)
-        reader.on_heard = heard
+        reader.on_heard, reader.on_caught_up = heard, caught_up
         async with aclosing(reader.watch(after)) as entries:
             async for entry in entries:
                 yield entry
@@ -134,6 +143,8 @@ class EtcdReplication:
                             listed = (set() if item.first else listed) | set(self._take(item.kvs, replicas))
                             for gone in set(replicas.sites) - listed if item.last else ():
                                 replicas.dead(gone)
+                            if item.last and self._found is None:
+                                self._found = frozenset(listed & replicas.sites.keys())
                         elif isinstance(item, Changes):
                             for event in item.events:
                                 if event.kind is EventKind.PUT:

@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 
 from cache_service import logs
+from cache_service.channels import Encryption, open_channel
 from cache_service.core.errors import RemoteProtocolError
 from cache_service.core.log import LogEntry, LogPosition
 from cache_service.etcd.core.retry import backoff_s
@@ -36,15 +37,11 @@ log = logging.getLogger(__name__)
 SERVICE = "prfaas.cache.v1.DeltaStream"
 METHOD = f"/{SERVICE}/Follow"
 BEAT_S = 1.0
+#: The first one comes sooner: it tells the follower that it has caught up.
+_FIRST_BEAT_S = 0.05
 #: No entry and no beat for so long: the connection is dead.
 SILENCE_S = 4.0
 MAX_FOLLOWERS = 256
-_OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2000),
-]
 
 
 class DeltaStreamService:
@@ -83,11 +80,13 @@ class DeltaStreamService:
     async def _entries_and_beats(self, after: LogPosition | None) -> AsyncGenerator[bytes, None]:
         entries = self._log.watch(after)
         waiting: asyncio.Future[LogEntry] | None = None
+        wait_s = _FIRST_BEAT_S
         try:
             while True:
                 waiting = waiting or asyncio.ensure_future(anext(entries))
-                await asyncio.wait({waiting}, timeout=BEAT_S)
+                await asyncio.wait({waiting}, timeout=wait_s)
                 if not waiting.done():
+                    wait_s = BEAT_S
                     yield BEAT
                     continue
                 entry, waiting = waiting.result(), None
@@ -100,13 +99,26 @@ class DeltaStreamService:
 
 
 class PeerReader:
-    """Follows the log of the service at `address`; make it inside the event loop, `close` it at the end."""
+    """Follows the log of the service at `address`; make it inside the event loop, `close` it at the end.
 
-    def __init__(self, address: str, namespace_id: str, *, silence_s: float = SILENCE_S) -> None:
+    `site` is what the service must call itself, "" for any name; with `encryption` its certificate must, too.
+    Raises ConfigError for files that cannot be used.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        namespace_id: str,
+        *,
+        site: str = "",
+        encryption: Encryption | None = None,
+        silence_s: float = SILENCE_S,
+    ) -> None:
         self._address = address
         self._namespace_id = namespace_id
         self._silence_s = silence_s
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._site = site
+        self._channel = open_channel(address, encryption, name=site, most_bytes=MAX_MESSAGE_BYTES)
         self._call = self._channel.unary_stream(METHOD, None, None)  # bytes as they are
         #: How often the stream was lost and opened again.
         self.resumes = 0
@@ -117,6 +129,7 @@ class PeerReader:
         *,
         on_hello: Callable[[Hello], None] = lambda hello: None,
         on_heard: Callable[[], None] = lambda: None,
+        on_caught_up: Callable[[], None] = lambda: None,
     ) -> AsyncGenerator[LogEntry, None]:
         """Yield what follows `after`, for ever, over any number of streams."""
         failures = 0
@@ -124,19 +137,29 @@ class PeerReader:
             stream = self._call(Ask(self._namespace_id, after).encode())
             reader = EntryReader()
             try:
-                on_hello(decode_hello(await self._read(stream)))
+                on_hello(self._expected(decode_hello(await self._read(stream))))
                 while True:
                     entry = reader.take(await self._read(stream))
                     failures = 0
                     on_heard()
-                    if entry is not None:
+                    if entry is None:
+                        on_caught_up()
+                    else:
                         after = entry.position
                         yield entry
             except (grpc.aio.AioRpcError, TimeoutError, EOFError, RemoteProtocolError) as error:
                 failures += 1
                 self.resumes += 1
                 what = error.details() if isinstance(error, grpc.aio.AioRpcError) else repr(error)
-                logs.event(log, "peer_stream_lost", address=self._address, error=str(what)[:300])
+                level = logging.WARNING if failures == 1 else logging.INFO
+                logs.event(
+                    log,
+                    "peer_stream_lost",
+                    level,
+                    site=self._site,
+                    address=self._address,
+                    error=str(what)[:300],
+                )
             finally:
                 stream.cancel()
             await asyncio.sleep(backoff_s(failures, first_s=0.1))
@@ -144,6 +167,14 @@ class PeerReader:
     async def close(self) -> None:
         """Close the connection."""
         await self._channel.close(None)
+
+    def _expected(self, hello: Hello) -> Hello:
+        if self._site and hello.site != self._site:
+            raise RemoteProtocolError(
+                f"replication.peers.{self._site}: {self._address} says that it is of site {hello.site}",
+                reason="site",
+            )
+        return hello
 
     async def _read(self, stream: Any) -> bytes:
         # Running out of time cancels the call, which is what is wanted: it is given up then. Not wait_for:

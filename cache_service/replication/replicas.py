@@ -24,8 +24,10 @@ log = logging.getLogger(__name__)
 
 MAX_SITES = 256
 _RETRY_MOST_S = 30.0
-#: Opens a site's log after a position; calls back whenever it heard from the store or the peer.
-OpenLog = Callable[[SiteId, LogPosition | None, Callable[[], None]], AsyncGenerator[LogEntry, None]]
+Call = Callable[[], None]
+#: Opens a site's log after a position; calls back whenever it heard from the store or the peer, and when all
+#: that the log had was taken.
+OpenLog = Callable[[SiteId, LogPosition | None, Call, Call], AsyncGenerator[LogEntry, None]]
 
 
 class Replicas:
@@ -39,6 +41,7 @@ class Replicas:
         self._tasks: dict[SiteId, asyncio.Task[None]] = {}
         self._heard_s: dict[SiteId, float] = {}
         self.sites: dict[SiteId, RemoteSite] = {}
+        self._caught_up: set[SiteId] = set()
         #: Logs that did not parse.
         self.broken = 0
 
@@ -55,6 +58,7 @@ class Replicas:
         elif known.stride != stride:
             self._stop(site)
             known.restride(stride)
+            self._caught_up.discard(site)
         if site not in self._tasks:
             self._heard_s[site] = self._now()
             self._tasks[site] = asyncio.create_task(self._follow(known), name=f"replica {site}")
@@ -72,6 +76,14 @@ class Replicas:
     def age_s(self, site: SiteId) -> float:
         """Return how long ago the store last spoke of this site: what is held may be stale by as much."""
         return self._now() - self._heard_s[site]
+
+    def behind(self, site: SiteId) -> bool:
+        """Say whether what a site's log had when it was first opened is still to be taken.
+
+        False for a log that does not parse: there is no telling when it will.
+        """
+        known = self.sites.get(site)
+        return site not in self._caught_up and (known is None or Withheld.BROKEN not in known.withheld)
 
     def report(self) -> list[dict[str, Any]]:
         """Return how every other site is doing."""
@@ -100,9 +112,12 @@ class Replicas:
         def heard() -> None:
             self._heard_s[site.site] = self._now()
 
+        def caught_up() -> None:
+            self._caught_up.add(site.site)
+
         while True:
             try:
-                async with aclosing(self._open_log(site.site, site.position, heard)) as entries:
+                async with aclosing(self._open_log(site.site, site.position, heard, caught_up)) as entries:
                     async for entry in entries:
                         await site.apply(entry)
                         heard()

@@ -126,9 +126,13 @@ def decode_batch(message: pb.MatchBatchRequest) -> list[Query]:
     return queries
 
 
-def encode_batch_result(answers: Iterable[Sequence[Holder]], revision: int) -> pb.MatchBatchResponse:
+def encode_batch_result(
+    answers: Iterable[Sequence[Holder]], revision: int, *, starting: bool = False
+) -> pb.MatchBatchResponse:
     """Build a MatchBatchResponse."""
-    return pb.MatchBatchResponse(answers=[encode_result(holders, revision) for holders in answers])
+    return pb.MatchBatchResponse(
+        answers=[encode_result(holders, revision, starting=starting) for holders in answers]
+    )
 
 
 def decode_batch_result(message: pb.MatchBatchResponse, queries: int) -> list[MatchResult]:
@@ -252,12 +256,17 @@ def decode_dump_request(message: pb.DumpRequest) -> tuple[Namespace, int]:
     return _namespace(message), message.page_blocks or _DEFAULT_PAGE_BLOCKS
 
 
-def encode_page(page: Changes) -> pb.DumpPage:
-    """Build a DumpPage."""
+def encode_page(page: Changes) -> bytes:
+    """Build the bytes of a DumpPage."""
     changes = list(map(_encode_change, page.changes))
     return pb.DumpPage(
         life=page.life, revision=page.revision, changes=changes, last=page.last, entries=page.entries
-    )
+    ).SerializeToString()
+
+
+def read_page(data: bytes) -> pb.DumpPage:
+    """Read what `encode_page` has built."""
+    return pb.DumpPage.FromString(data)
 
 
 def decode_page(message: pb.DumpPage) -> Changes:

@@ -82,12 +82,14 @@ class MatchRequest(_message.Message):
     def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., hashes: _Optional[_Iterable[int]] = ..., total_tokens: _Optional[int] = ...) -> None: ...
 
 class MatchResponse(_message.Message):
-    __slots__ = ("holders", "revision")
+    __slots__ = ("holders", "revision", "starting")
     HOLDERS_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
+    STARTING_FIELD_NUMBER: _ClassVar[int]
     holders: _containers.RepeatedCompositeFieldContainer[Holder]
     revision: int
-    def __init__(self, holders: _Optional[_Iterable[_Union[Holder, _Mapping]]] = ..., revision: _Optional[int] = ...) -> None: ...
+    starting: bool
+    def __init__(self, holders: _Optional[_Iterable[_Union[Holder, _Mapping]]] = ..., revision: _Optional[int] = ..., starting: bool = ...) -> None: ...
 
 class Holder(_message.Message):
     __slots__ = ("worker_id", "site", "dp_rank", "matched_tokens", "usable_tokens")
@@ -277,7 +279,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatsResponse(_message.Message):
-    __slots__ = ("site", "namespace", "blocks", "entries", "orphans", "revision", "log_bytes", "log_segments", "sources", "life", "group_entries", "evicted_blocks", "bytes_estimate", "watchers", "direct_port")
+    __slots__ = ("site", "namespace", "blocks", "entries", "orphans", "revision", "log_bytes", "log_segments", "sources", "life", "group_entries", "evicted_blocks", "bytes_estimate", "watchers", "direct_port", "starting", "behind")
     SITE_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -293,6 +295,8 @@ class StatsResponse(_message.Message):
     BYTES_ESTIMATE_FIELD_NUMBER: _ClassVar[int]
     WATCHERS_FIELD_NUMBER: _ClassVar[int]
     DIRECT_PORT_FIELD_NUMBER: _ClassVar[int]
+    STARTING_FIELD_NUMBER: _ClassVar[int]
+    BEHIND_FIELD_NUMBER: _ClassVar[int]
     site: str
     namespace: Namespace
     blocks: int
@@ -308,7 +312,9 @@ class StatsResponse(_message.Message):
     bytes_estimate: int
     watchers: int
     direct_port: int
-    def __init__(self, site: _Optional[str] = ..., namespace: _Optional[_Union[Namespace, _Mapping]] = ..., blocks: _Optional[int] = ..., entries: _Optional[int] = ..., orphans: _Optional[int] = ..., revision: _Optional[int] = ..., log_bytes: _Optional[int] = ..., log_segments: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[Source, _Mapping]]] = ..., life: _Optional[int] = ..., group_entries: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., bytes_estimate: _Optional[int] = ..., watchers: _Optional[int] = ..., direct_port: _Optional[int] = ...) -> None: ...
+    starting: bool
+    behind: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, site: _Optional[str] = ..., namespace: _Optional[_Union[Namespace, _Mapping]] = ..., blocks: _Optional[int] = ..., entries: _Optional[int] = ..., orphans: _Optional[int] = ..., revision: _Optional[int] = ..., log_bytes: _Optional[int] = ..., log_segments: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[Source, _Mapping]]] = ..., life: _Optional[int] = ..., group_entries: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., bytes_estimate: _Optional[int] = ..., watchers: _Optional[int] = ..., direct_port: _Optional[int] = ..., starting: bool = ..., behind: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Source(_message.Message):
     __slots__ = ("worker_id", "site", "dp_rank", "state", "next_seq", "entries", "truncated", "counts")

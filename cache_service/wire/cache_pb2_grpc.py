@@ -127,7 +127,7 @@ class PrefixIndexServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Check(self, request, context):
-        """Hold every invariant of the index against a copy of it. One at a time, like Explain.
+        """Hold every invariant of the index against a snapshot of it. One at a time, like Explain.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

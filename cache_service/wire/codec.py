@@ -61,6 +61,8 @@ class Stats:
     bytes_estimate: int = 0
     watchers: int = 0
     direct_port: int = 0
+    starting: bool = False
+    behind: tuple[str, ...] = ()
 
 
 def encode_query(namespace: Namespace, hashes: Sequence[BlockHash], total_tokens: int) -> pb.MatchRequest:
@@ -98,11 +100,12 @@ def decode_query(message: pb.MatchRequest) -> Query:
     return Query(namespace, tuple(map(BlockHash, message.hashes)), message.total_tokens)
 
 
-def encode_result(holders: Iterable[Holder], revision: int) -> pb.MatchResponse:
+def encode_result(holders: Iterable[Holder], revision: int, *, starting: bool = False) -> pb.MatchResponse:
     """Build a MatchResponse."""
     return pb.MatchResponse(
         revision=revision,
         holders=list(map(encode_holder, holders)),
+        starting=starting,
     )
 
 
@@ -119,7 +122,8 @@ def encode_holder(holder: Holder) -> pb.Holder:
 
 def decode_result(message: pb.MatchResponse) -> MatchResult:
     """Read a MatchResponse."""
-    return MatchResult(True, "", tuple(map(decode_holder, message.holders)), message.revision)
+    holders = tuple(map(decode_holder, message.holders))
+    return MatchResult(True, "", holders, message.revision, message.starting)
 
 
 def decode_holder(message: pb.Holder) -> Holder:
@@ -150,6 +154,8 @@ def encode_stats(stats: Stats) -> pb.StatsResponse:
         bytes_estimate=stats.bytes_estimate,
         watchers=stats.watchers,
         direct_port=stats.direct_port,
+        starting=stats.starting,
+        behind=stats.behind,
         sources=[
             pb.Source(
                 worker_id=source.source.worker_id,
@@ -200,6 +206,8 @@ def decode_stats(message: pb.StatsResponse) -> Stats:
         message.bytes_estimate,
         message.watchers,
         message.direct_port,
+        message.starting,
+        tuple(message.behind),
     )
 
 

@@ -6,10 +6,11 @@ import asyncio
 import atexit
 import importlib.util
 import json
+import os
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import grpc
 import zmq
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cache_service.channels import Encryption, open_channel
 from cache_service.client import IndexClient
 from cache_service.core.ids import Namespace
 from cache_service.core.query import MatchResult
@@ -178,11 +180,27 @@ def removed(hashes: list[int], medium: str = "GPU") -> Any:
     return kv_events.BlockRemoved(block_hashes=hashes, medium=medium)
 
 
+async def health_of(channel: grpc.aio.Channel) -> AsyncIterator[int]:
+    """Yield what a service's health is, and whenever it changes; ends when `channel` is closed."""
+    request = health_pb2.HealthCheckRequest(service="prfaas.cache.v1.PrefixIndex")
+    stub = health_pb2_grpc.HealthStub(channel)
+    async for answer in stub.Watch(request, wait_for_ready=True, timeout=DEADLINE_S):
+        yield answer.status
+
+
 class CacheProcess:
     """`python -m cache_service` as an operator runs it."""
 
-    def __init__(self, folder: Path, workers: list[Worker], **settings: object) -> None:
-        self.listen_port, self.metrics_port = free_port(), free_port()
+    def __init__(
+        self,
+        folder: Path,
+        workers: list[Worker],
+        *,
+        encryption: Encryption | None = None,
+        port: int | None = None,
+        **settings: object,
+    ) -> None:
+        self.listen_port, self.metrics_port = port or free_port(), free_port()
         self.path = folder / f"cache-{self.listen_port}.json"
         self.address = f"127.0.0.1:{self.listen_port}"
         self.path.write_text(
@@ -199,13 +217,20 @@ class CacheProcess:
             )
         )
         self.process: asyncio.subprocess.Process | None = None
-        self.client = IndexClient(self.address, timeout_s=5.0)
+        self._encryption = encryption
+        self.client = IndexClient(self.address, timeout_s=5.0, encryption=encryption)
+
+    async def launch(self) -> None:
+        """Start the process."""
+        self.process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "cache_service", "--config", str(self.path)),
+            cwd=ROOT,
+            env={name: value for name, value in os.environ.items() if name != "GRPC_ENABLE_FORK_SUPPORT"},
+        )
 
     async def start(self) -> None:
-        """Start the process and await its health service; it does not outlive a failure."""
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "cache_service", "--config", str(self.path), cwd=ROOT
-        )
+        """Start the process and await that it serves; it does not outlive a failure."""
+        await self.launch()
         try:
             await self._healthy()
         except BaseException:
@@ -213,11 +238,10 @@ class CacheProcess:
             raise
 
     async def _healthy(self) -> None:
-        async with grpc.aio.insecure_channel(self.address) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
-            request = health_pb2.HealthCheckRequest(service="prfaas.cache.v1.PrefixIndex")
-            answer = await stub.Check(request, wait_for_ready=True, timeout=DEADLINE_S)
-            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        async with open_channel(self.address, self._encryption) as channel:
+            async for status in health_of(channel):
+                if status == health_pb2.HealthCheckResponse.SERVING:
+                    return
 
     async def stop(self) -> int:
         """SIGTERM; the exit status. Killed when that is not enough: TimeoutError."""

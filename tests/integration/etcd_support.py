@@ -228,7 +228,7 @@ class CutProxy:
     """Passes TCP on to one port; cuts every connection on request, or once after some bytes to clients.
 
     While `refuses` is set, a new connection is reset at once, as is one from a port that does not pass; while
-    `swallows` is, nothing reaches a client.
+    `swallows` is, nothing reaches a client; while `open` is not, what should waits.
     """
 
     def __init__(self, target_port: int, passes: Callable[[int], bool] = lambda from_port: True) -> None:
@@ -239,6 +239,8 @@ class CutProxy:
         self._cut_after: int | None = None
         self.refuses = False
         self.swallows = False
+        self.open = asyncio.Event()
+        self.open.set()
         self.cuts = 0
         self.passed_bytes = 0
 
@@ -302,6 +304,7 @@ class CutProxy:
                         return
                     if self.swallows:
                         continue
+                    await self.open.wait()
                 writer.write(data)
                 await writer.drain()
         writer.transport.abort()

@@ -17,6 +17,8 @@ from prfaas_sglang.fleet.ports import free_port
 from tests.integration.authority import Authority
 from tests.integration.cache_support import NAMESPACE, PAGE
 
+PEERS = {"replication": {"peers": {"A": "a.example:7001"}}}
+
 
 def encryption(authority: Authority, site: str) -> Encryption:
     files = authority.files(site)
@@ -61,10 +63,22 @@ async def test_mutual_tls(tmp_path: Path) -> None:
         ({"tls": {"ca": "/nowhere", "cert": "c", "key": "k"}}, "tls.ca: /nowhere cannot be read"),
         ({"tls": {"ca": __file__, "cert": "c", "key": "k"}}, "is not a PEM file"),
         ({"tls": {"ca": "c"}}, "tls."),
+        ({"tls": {"ca": __file__, "cert": "", "key": "k"}}, "tls.ca: .* is not a PEM file"),
+        ({**PEERS, "tls": {"ca": "CA", "cert": "", "key": "k"}}, "tls.cert: is missing; mutual TLS needs ca"),
+        ({**PEERS, "tls": {"ca": "CA", "cert": "CA", "key": "/nowhere"}}, "tls.key: /nowhere cannot be read"),
+        ({**PEERS, "tls": {"ca": "CA", "cert": "CA", "key": "CA", "server_name": "A"}}, "tls.server_name: "),
+        (
+            {"replication": {"peers": {"A": "a.example:7001"}}},
+            "replication.peers.A: a.example:7001 is not",
+        ),
     ],
 )
-def test_what_is_refused(settings: dict[str, object], named: str) -> None:
+def test_what_is_refused(tmp_path: Path, settings: dict[str, object], named: str) -> None:
     """Plain TCP beyond loopback must be said; files that cannot be used are named."""
+    tls = settings.get("tls")
+    if isinstance(tls, dict) and "CA" in tls.values():
+        ca = str(Authority(tmp_path, "ours").ca)
+        settings = {**settings, "tls": {field: ca if path == "CA" else path for field, path in tls.items()}}
     text = {"site": "B", "listen": "127.0.0.1:0", "namespace": {"model": "m", "page_size": PAGE}, **settings}
     with pytest.raises(ConfigError, match=named):
         config.parse(json.dumps(text))

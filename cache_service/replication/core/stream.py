@@ -3,7 +3,7 @@
 Decides bytes only. The follower asks once (JSON: namespace id, and the position after which to go on); the
 other side answers with its name and stride (JSON), then for ever with messages of at most MAX_MESSAGE_BYTES:
 17 bytes (kind, epoch, seq) and a piece of an entry's payload. The last piece of an entry has kind SEGMENT or
-SNAPSHOT, the ones before it MORE; a BEAT says that nothing is new.
+SNAPSHOT, the ones before it MORE; a BEAT says that the follower has all there is.
 """
 
 from __future__ import annotations

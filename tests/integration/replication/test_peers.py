@@ -12,6 +12,7 @@ from cache_service.core.events import BlocksStored, Group, GroupStored
 from cache_service.core.ids import BlockHash
 from cache_service.core.log import LogEntry, LogPosition
 from cache_service.replication.core.stream import Hello
+from cache_service.replication.over_peers import PeerReplication
 from cache_service.replication.peer_stream import DeltaStreamService, PeerReader
 from cache_service.store import DeltaLog, InProcessLog
 from tests.integration.cache_support import free_port
@@ -69,6 +70,55 @@ def pair(proxy_of_a: CutProxy, port_a: int, port_b: int, **options: object) -> t
     a = Site("a", (), listen=f"127.0.0.1:{port_a}", peers={"b": f"127.0.0.1:{port_b}"}, **options)
     b = Site("b", (), listen=f"127.0.0.1:{port_b}", peers={"a": proxy_of_a.endpoint}, **options)
     return a, b
+
+
+async def test_a_restart_that_wrote_as_much() -> None:
+    """A peer's new log that has grown past where the follower was in the old one is read from its start."""
+    port_a, port_b = free_port(), free_port()
+    proxy = await CutProxy(port_a).start()
+    a, b = pair(proxy, port_a, port_b)
+    again = Site("a", (), 1, f"127.0.0.1:{port_a}", peers={"b": f"127.0.0.1:{port_b}"})
+    async with b:
+        async with a:
+            a.work(20)
+            await until(lambda: b.knows(a), "the first life")
+            reached = log_of(a).end.seq
+            proxy.refuses = True
+            proxy.cut()
+        async with again:
+            while log_of(again).end.seq <= reached:
+                before = log_of(again).end
+                again.work(5)
+                await until(lambda at=before: log_of(again).end > at, "another segment")  # type: ignore[misc]
+            proxy.refuses = False
+            await until(lambda: b.knows(again), "the second life")
+    await proxy.close()
+
+
+def log_of(site: Site) -> InProcessLog:
+    replication = site.server.replication
+    assert isinstance(replication, PeerReplication)
+    return replication.log
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+async def test_ready_when_the_peer_was_read(stride: int) -> None:
+    """A service that starts is ready once it has what its peer's log had, of whatever stride."""
+    port_a, port_b = free_port(), free_port()
+    proxy = await CutProxy(port_a).start()
+    a, first = pair(proxy, port_a, port_b)
+    publish = {"stride": stride, "min_tokens": 1, "min_seen": 1, "bytes_per_s": 0}
+    _, second = pair(proxy, port_a, port_b, publish=publish)
+    async with a:
+        a.work(500)
+        async with first:
+            await until(lambda: first.knows(a), "the peer's log")
+        async with second:
+            assert not second.server.readiness.ready
+            await until(lambda: second.server.readiness.ready, "the service to be ready")
+            assert second.server.health()["behind"] == []
+            assert second.knows(a)
+    await proxy.close()
 
 
 @pytest.mark.slow
