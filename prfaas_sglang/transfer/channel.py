@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +21,7 @@ from prfaas_sglang.core.framing import (
     Header,
     decode_reason,
     encode_reason,
+    encode_room,
 )
 from prfaas_sglang.core.layout import Hello, Layout, decode_hello, differences, encode_hello, to_json
 from prfaas_sglang.transfer.bundle import Bundle
@@ -67,9 +68,16 @@ class Identity:
 
 
 class LayoutMismatch(RemoteProtocolError):
-    """The peer's pools are laid out differently: no KV may move between the two."""
+    """The pools of a peer whom we would talk to are laid out differently: no KV may move between the two.
+
+    `peer` is what it said of itself.
+    """
 
     reason = "layout"
+
+    def __init__(self, peer: Hello, found: Sequence[str]) -> None:
+        super().__init__("layouts differ: " + "; ".join(found[:4]))
+        self.peer = peer
 
 
 class Handler(Protocol):
@@ -82,14 +90,23 @@ class Handler(Protocol):
         """The channel ended; called once."""
 
 
-def dial_hello(wire: Wire, identity: Identity, bundle: str, index: int) -> Hello:
+def no_rooms() -> Sequence[int]:
+    """Nothing to take back."""
+    return ()
+
+
+def dial_hello(
+    wire: Wire, identity: Identity, bundle: str, index: int, parting: Callable[[], Sequence[int]] = no_rooms
+) -> Hello:
     """Introduce ourselves on a connection that we dialed, as number `index` of a bundle; judge the answer.
+
+    When one refuses the other, the rooms that `parting` returns are cancelled before the connection ends.
 
     Raises LayoutMismatch or RemoteProtocolError (after telling the peer why), ConnectionLost.
     """
     with wire.within(HANDSHAKE_S):
         wire.send(FrameType.HELLO, 0, [identity.hello(bundle, index)])
-        return _receive_hello(wire, identity)
+        return _receive_hello(wire, identity, parting)
 
 
 def receive_hello(wire: Wire, identity: Identity) -> Hello:
@@ -98,17 +115,17 @@ def receive_hello(wire: Wire, identity: Identity) -> Hello:
     Raises as `dial_hello`.
     """
     with wire.within(HANDSHAKE_S):
-        return _receive_hello(wire, identity)
+        return _receive_hello(wire, identity, no_rooms)
 
 
-def _receive_hello(wire: Wire, identity: Identity) -> Hello:
+def _receive_hello(wire: Wire, identity: Identity, parting: Callable[[], Sequence[int]]) -> Hello:
     header = wire.read_header(HANDSHAKE_S)
     if header is None:
         raise ConnectionLost(f"no hello within {HANDSHAKE_S:.0f} s")
     if header.type is FrameType.ABORT:
-        raise RemoteProtocolError(
-            f"peer refused: {decode_reason(wire.read_payload(header))}", reason="refused"
-        )
+        reason = decode_reason(wire.read_payload(header))
+        _cancel(wire, parting())
+        raise RemoteProtocolError(f"peer refused: {reason}", reason="refused")
     if header.type is not FrameType.HELLO:
         raise RemoteProtocolError(f"{header.type.name} before HELLO", reason="handshake")
     try:
@@ -116,9 +133,16 @@ def _receive_hello(wire: Wire, identity: Identity) -> Hello:
         wire.check_site(hello.site)
         _check_peer(hello, identity)
     except RemoteProtocolError as error:
+        _cancel(wire, parting())
         refuse(wire, error)
         raise
     return hello
+
+
+def _cancel(wire: Wire, rooms: Sequence[int]) -> None:
+    with suppress(PrfaasError):
+        for room in rooms:
+            wire.send(FrameType.CANCEL, 0, [encode_room(room)])
 
 
 def _check_peer(hello: Hello, identity: Identity) -> None:
@@ -133,7 +157,7 @@ def _check_peer(hello: Hello, identity: Identity) -> None:
         raise RemoteProtocolError(f"hello.rank: {hello.rank}, this is rank {identity.rank}", reason="rank")
     found = differences(identity.layout, hello.layout)
     if found:
-        raise LayoutMismatch("layouts differ: " + "; ".join(found[:4]))
+        raise LayoutMismatch(hello, found)
 
 
 def refuse(wire: Wire, error: PrfaasError) -> None:

@@ -110,7 +110,7 @@ class Exporter:
         self._cancelled: OrderedDict[int, None] = OrderedDict()
         self._peers: dict[str, DecodePeer] = {}  # by bundle id
         self._store = Store(identity.layout, memory, staging_bytes, on_whole=self._on_done, tidy=self._tidy)
-        self._listener = Listener(identity, telemetry, self._admit, tls)
+        self._listener = Listener(identity, telemetry, self._admit, self._cancel, tls)
         self._closed = False
         telemetry.watch_staging(self._store)
         telemetry.watch_open(lambda: len(self._exports))
@@ -298,7 +298,7 @@ class Exporter:
             case FrameType.RESUME:
                 self._resume(channel, header.transfer, *decode_resume(payload))
             case FrameType.CANCEL:
-                self._cancel(decode_room(payload))
+                self._cancel(channel.peer, decode_room(payload))
             case _:
                 raise RemoteProtocolError(f"{header.type.name} from a decode worker", reason="direction")
 
@@ -430,15 +430,20 @@ class Exporter:
         if self._end(export.room, "done", "") is not None and not export.released:
             self._on_done(export.room)
 
-    def _cancel(self, room: int) -> None:
+    def _cancel(self, peer: Hello, room: int) -> None:
+        """A decode worker will not (or not again) ask for a room."""
         with self._lock:
             export = self._exports.get(room)
             if export is None:
                 self._cancelled[room] = None
                 while len(self._cancelled) > MAX_CANCELLED:
                     self._cancelled.popitem(last=False)
-        if export is not None and export.channel is None:
+        if export is None:
+            return
+        if export.session.grant is None:
             self._end(room, "failed", "decode gave up before it granted anything", notify=True)
+        elif export.sent_to == (peer.site, peer.worker):
+            self._end(room, "failed", "decode gave up after its connection broke", notify=True)
 
     def _find(self, channel: Channel, transfer: int) -> Export | None:
         peer = self._peer_of(channel)

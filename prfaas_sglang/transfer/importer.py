@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import logging
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -35,26 +34,23 @@ from prfaas_sglang.core.framing import (
     encode_room,
     encode_total,
 )
-from prfaas_sglang.core.layout import Hello
 from prfaas_sglang.core.session import ImportSession
 from prfaas_sglang.transfer.bundle import Bundle
-from prfaas_sglang.transfer.channel import Channel, Identity, dial_hello
+from prfaas_sglang.transfer.channel import Channel, Identity
 from prfaas_sglang.transfer.codec import decode
+from prfaas_sglang.transfer.dial import Dialer
 from prfaas_sglang.transfer.imports import Address, Import, Peer
 from prfaas_sglang.transfer.lifeline import watch
 from prfaas_sglang.transfer.memory import Landing, PoolMemory, scatter
 from prfaas_sglang.transfer.telemetry import Telemetry, TransferRecord
 from prfaas_sglang.transfer.tls import Tls
-from prfaas_sglang.transfer.wire import ConnectionLost, Wire, tune
+from prfaas_sglang.transfer.wire import ConnectionLost, Wire
 
 logger = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 5.0
-CONNECT_ATTEMPTS = 3
 DEFAULT_CONNECTIONS = 2
-#: How long transfers of a broken connection try to be resumed, and how often.
+#: How long transfers of a broken connection try to be resumed.
 RESUME_S = 20.0
-REDIAL_S = 0.5
 #: Rooms given up before the connection was there.
 MAX_CANCELLED = 1024
 
@@ -86,7 +82,7 @@ class Importer:
         connections: int = DEFAULT_CONNECTIONS,
         tls: Tls | None = None,
     ) -> None:
-        self._tls = tls
+        self._dialer = Dialer(identity, tls)
         self._connections = connections
         self._identity = identity
         self._memory = memory
@@ -148,7 +144,9 @@ class Importer:
             return
         peer, item = found
         if self._end(peer, item, "failed", reason):
-            self._tell(peer, FrameType.ABORT, item.transfer, encode_reason(reason))
+            channel = self._channel_or_cancel(room, peer.address)
+            if channel is not None:
+                channel.post(FrameType.ABORT, item.transfer, [encode_reason(reason)])
 
     def cancel(self, room: int, address: Address) -> None:
         """Tell the prefill worker at `address` that nothing will be granted for a room; returns at once.
@@ -156,13 +154,19 @@ class Importer:
         It may have the room's KV in staging memory. Lost when the worker cannot be reached: it gives the
         room up by itself then, later.
         """
-        with self._lock:
-            peer = self._peer(address)
-            channel = peer.channel
-            if channel is None and len(peer.cancelled) < MAX_CANCELLED:
-                peer.cancelled.append(room)
+        channel = self._channel_or_cancel(room, address)
         if channel is not None:
             channel.post(FrameType.CANCEL, 0, [encode_room(room)])
+
+    def _channel_or_cancel(self, room: int, address: Address) -> Channel | None:
+        """Return the control connection; without one, the next that is dialed takes the room back."""
+        with self._lock:
+            peer = self._peer(address)
+            if peer.channel is not None and not peer.channel.failed:
+                return peer.channel
+            if len(peer.cancelled) < MAX_CANCELLED:
+                peer.cancelled.append(room)
+            return None
 
     def close(self) -> None:
         """End every channel."""
@@ -188,16 +192,30 @@ class Importer:
         """Connect the control connection, then the data connections, to one prefill rank."""
         bundle, name = Bundle(), secrets.token_hex(16)
         handler = _PeerHandler(self, peer)
+        doomed: list[Import] | None = None
+
+        def parting() -> list[int]:
+            """Return the rooms that end when one side refuses the other, for prefill to forget them."""
+            nonlocal doomed
+            with self._lock:
+                doomed = list(peer.imports.values())
+                rooms = [*peer.cancelled, *(item.room for item in doomed)]
+                peer.cancelled.clear()
+                return rooms
+
         try:
-            wire, hello = self._reach(peer, name)
+            wire, hello = self._dialer.reach(peer, name, parting, lambda: self._closed)
         except PrfaasError as error:
             logger.warning("prefill_worker_unreachable address=%s:%d reason=%s", *peer.address, error)
             self._telemetry.refused(error.reason)
             with self._lock:
                 peer.dialing = False
                 peer.resume_until_s = None
-                peer.cancelled.clear()
-                items = list(peer.imports.values())
+                items = list(peer.imports.values()) if doomed is None else doomed
+                if doomed is None:
+                    peer.cancelled.clear()
+                if peer.cancelled or peer.imports.keys() - {item.transfer for item in items}:
+                    self._peer(peer.address)  # what came after the parting asks for itself
             self._fail_all(peer, items, str(error))
             return
         logger.info("prefill_worker_connected worker=%s site=%s", hello.worker, hello.site)
@@ -207,14 +225,15 @@ class Importer:
             peer.channel = channel
             self._join(peer, channel)
             too_scattered = [item for item in peer.imports.values() if not self._ask(channel, item)]
-            while peer.cancelled:
-                channel.post(FrameType.CANCEL, 0, [encode_room(peer.cancelled.pop())])
+            for room in (*peer.cancelled, *(item.room for item in too_scattered)):
+                channel.post(FrameType.CANCEL, 0, [encode_room(room)])
+            peer.cancelled.clear()
         channel.start()
         watch(peer.address, channel, lambda: peer.expecting(channel))
         self._fail_all(peer, too_scattered, "what arrived before the connection broke is too scattered")
         for index in range(1, self._connections):
             try:
-                wire, hello = self._connect(peer.address, name, index)
+                wire, hello = self._dialer.connect(peer.address, name, index)
             except PrfaasError as error:
                 # the bundle works with fewer connections
                 logger.warning("data_connection_failed address=%s:%d reason=%s", *peer.address, error)
@@ -244,44 +263,10 @@ class Importer:
         channel.post(FrameType.RESUME, item.transfer, [encode_resume(item.room, missing)])
         return True
 
-    def _reach(self, peer: Peer, bundle: str) -> tuple[Wire, Hello]:
-        """Connect the control connection; when there is something to resume, try for as long as that may."""
-        pause = threading.Event()
-        if peer.breaks > 1:
-            pause.wait(min(1.0, 0.1 * 2**peer.breaks))
-        while True:
-            try:
-                return self._connect(peer.address, bundle, 0)
-            except ConnectionLost as error:
-                until_s = peer.resume_until_s
-                refused = isinstance(error.__cause__, ConnectionRefusedError)  # the worker itself is gone
-                if until_s is None or refused or self._closed or time.monotonic() > until_s:
-                    raise
-                pause.wait(REDIAL_S)
-
     def _join(self, peer: Peer, channel: Channel) -> None:
         peer.channels.append(channel)
         channel.bundle.join(channel)
         self._telemetry.connected(+1)
-
-    def _connect(self, address: Address, bundle: str, index: int) -> tuple[Wire, Hello]:
-        host, port = address
-        pause = threading.Event()
-        for attempt in itertools.count(1):
-            try:
-                sock = socket.create_connection(address, timeout=CONNECT_TIMEOUT_S)
-                break
-            except (OSError, ValueError) as error:  # ValueError: a host name that cannot be one
-                if attempt >= CONNECT_ATTEMPTS or self._closed:
-                    raise ConnectionLost(f"cannot reach prefill worker {host}:{port}: {error}") from error
-                pause.wait(0.2 * 2**attempt)
-        tune(sock)
-        wire = Wire(self._tls.connect(sock) if self._tls is not None else sock)
-        try:
-            return wire, dial_hello(wire, self._identity, bundle, index)
-        except PrfaasError:
-            wire.release()
-            raise
 
     # --- reader threads ---
 
@@ -434,7 +419,7 @@ class Importer:
                 peer.breaks += 1
                 if broke and items and peer.resume_until_s is None:
                     peer.resume_until_s = now_s + RESUME_S
-            if any(broke or not item.granted for item in peer.imports.values()):
+            if peer.cancelled or any(broke or not item.granted for item in peer.imports.values()):
                 self._peer(peer.address)  # dials once every reader has ended
             self._forget(peer)
         if not first:

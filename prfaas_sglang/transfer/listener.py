@@ -12,12 +12,13 @@ import ssl
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from cache_service.core.errors import PrfaasError, RemoteProtocolError
-from prfaas_sglang.core.framing import FrameType
+from prfaas_sglang.core.framing import FrameType, decode_room
 from prfaas_sglang.core.layout import Hello
-from prfaas_sglang.transfer.channel import Channel, Identity, receive_hello, refuse
+from prfaas_sglang.transfer.channel import Channel, Identity, LayoutMismatch, receive_hello, refuse
 from prfaas_sglang.transfer.tcp_info import read_tcp_info
 from prfaas_sglang.transfer.telemetry import Telemetry
 from prfaas_sglang.transfer.tls import Tls, shake, shutdown
@@ -26,11 +27,15 @@ from prfaas_sglang.transfer.wire import ConnectionLost, Wire, tune
 logger = logging.getLogger(__name__)
 
 Admit = Callable[[Wire, Hello], Channel]
+Cancel = Callable[[Hello, int], None]
 
 #: Connections that have not introduced themselves yet: twice what MAX_PEERS honest workers need, who dial one
 #: after the other. Each costs a thread and at most a hello of memory.
 MAX_WAITING = 512
 ACCEPT_PAUSE_S = 0.1
+#: How long a refused peer may take back its rooms (a round trip and more), and how many.
+PARTING_S = 2.0
+MAX_PARTING = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,13 +82,17 @@ class Listener:
         identity: who we are.
         telemetry: counts connections and refusals.
         admit: makes the channel of an introduced peer; raises PrfaasError to refuse it.
+        cancel: (peer, room), a peer that is refused, though it is one to talk to, takes back a room.
         tls: contexts for mutual TLS, None for plain TCP.
     """
 
-    def __init__(self, identity: Identity, telemetry: Telemetry, admit: Admit, tls: Tls | None) -> None:
+    def __init__(
+        self, identity: Identity, telemetry: Telemetry, admit: Admit, cancel: Cancel, tls: Tls | None
+    ) -> None:
         self._identity = identity
         self._telemetry = telemetry
         self._admit = admit
+        self._cancel = cancel
         self._tls = tls
         self._listener: socket.socket | None = None
         self._closed = threading.Event()
@@ -140,7 +149,7 @@ class Listener:
             if isinstance(sock, ssl.SSLSocket):
                 shake(sock)
             wire = Wire(sock)
-            hello = receive_hello(wire, self._identity)
+            hello = self._introduced(wire)
             channel = self._place(wire, hello)
         except PrfaasError as error:
             self._send_away(guest, None if _only_knocked(sock) else error)
@@ -162,13 +171,33 @@ class Listener:
             logger.info("decode_worker_connected worker=%s site=%s", hello.worker, hello.site)
         channel.start()
 
+    def _introduced(self, wire: Wire) -> Hello:
+        try:
+            return receive_hello(wire, self._identity)
+        except LayoutMismatch as error:
+            self._hear_out(wire, error.peer)
+            raise
+
     def _place(self, wire: Wire, hello: Hello) -> Channel:
         """Admit a peer, or tell it why not."""
         try:
             return self._admit(wire, hello)
         except PrfaasError as error:
             refuse(wire, error)
+            self._hear_out(wire, hello)
             raise
+
+    def _hear_out(self, wire: Wire, peer: Hello) -> None:
+        """Let a peer that was just told why it is refused take back its rooms.
+
+        It has shown the same certificate and names as one that is admitted; whoever has not is not heard.
+        """
+        with suppress(PrfaasError), wire.within(PARTING_S):
+            for _ in range(MAX_PARTING):
+                header = wire.read_header(PARTING_S)
+                if header is None or header.type is not FrameType.CANCEL:
+                    return
+                self._cancel(peer, decode_room(wire.read_payload(header)))
 
     def _send_away(self, guest: _Guest, error: PrfaasError | None) -> None:
         if error is not None:
