@@ -67,7 +67,7 @@ class PrfaasManager(CommonKVManager):
             tp_size=self.attn_tp_size,
             model_dtype=str(model_config.dtype).removeprefix("torch."),
         )
-        self.memory = memory = pools.pool_memory(args, layout, device=str(server_args.device))
+        memory = pools.pool_memory(args, layout, device=str(server_args.device))
         tls = None
         if worker.tls is not None:
             tls = Tls(TlsFiles(worker.tls.ca, worker.tls.cert, worker.tls.key))
@@ -363,11 +363,6 @@ class PrfaasReceiver(_Failures, CommonKVReceiver):
         elif getattr(self, "bootstrap_infos", None):
             self._granted = True  # once is enough
             self.kv_mgr.importer.cancel(self.bootstrap_room, self._address())
-        if self.kv_mgr.status(self.bootstrap_room) != KVPoll.Success:
-            try:
-                self.kv_mgr.memory.settle()  # what landed before may still be on its way into our rows
-            except TransferError as error:
-                logger.error("kv_settle_failed room=%d reason=%s", self.bootstrap_room, error)
 
 
 class PrfaasBootstrapServer(BaseKVBootstrapServer):

@@ -2,6 +2,7 @@
 
 Decode dials, so a NAT or firewall in front of it does not matter. A transfer that was aborted is never
 written again: every write happens under the transfer's lock, which is never held while waiting for the net.
+Where rows land through a device's queue, a transfer has ended when that queue has done what it was given.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 import xxhash
 
-from cache_service.core.errors import IntegrityError, PrfaasError, RemoteProtocolError
+from cache_service.core.errors import IntegrityError, PrfaasError, RemoteProtocolError, TransferError
 from prfaas_sglang.core.framing import (
     DATA_BYTES,
     MAX_MISSING,
@@ -449,8 +450,14 @@ class Importer:
             self._peers.pop(peer.address, None)
 
     def _end(self, peer: Peer, item: Import, outcome: str, reason: str) -> bool:
-        """End a transfer once; True for the call that did."""
-        if not item.end():
+        """End a transfer once; True for the call that did. Nothing is written when any call returns."""
+        first = item.end()
+        if outcome != "done":
+            try:
+                self._memory.settle()  # what landed may still be on its way into rows that are free now
+            except TransferError as error:
+                logger.error("kv_settle_failed room=%d reason=%s", item.room, error)
+        if not first:
             return False
         with self._lock:
             peer.imports.pop(item.transfer, None)

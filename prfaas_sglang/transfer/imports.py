@@ -49,13 +49,11 @@ class Import:
                         self.lock.notify_all()
 
     def end(self) -> bool:
-        """End it once, and wait until nobody writes its rows; True for the call that did."""
+        """End it once; True for the call that did. No thread writes its rows when any call returns."""
         with self.lock:
-            if not self.alive:
-                return False
-            self.alive = False
+            first, self.alive = self.alive, False
             self.lock.wait_for(lambda: not self.writing)
-            return True
+            return first
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from functools import partial
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from cache_service.core.errors import UnsupportedEngine
+from prfaas_sglang.core.framing import FrameType
 from prfaas_sglang.core.layout import Layout
 from prfaas_sglang.engine import pools
 from prfaas_sglang.engine.cuda import pool_of
@@ -87,26 +88,68 @@ def test_nothing_is_done_before_it_is_in_the_pool(devices: list[ThreadDevice]) -
         assert torch.equal(pair.decode.pages(0, [1, 9, 5]), pair.prefill.pages(0, [4, 5, 6]))
 
 
-def test_an_aborted_transfer_writes_nothing_after_settle(devices: list[ThreadDevice]) -> None:
-    """What landed before the abort may be on its way still; `settle` says when the rows are free."""
+def half_sent(pair: DevicePair, room: int) -> None:
+    """Send a part of a room; its first rows have landed, the rest of the part may be on its way."""
+    pair.begin(room, list(range(1, 61)), state=0, aux=0)
+    pair.prefill.wait(room, "grant")
+    assert pair.exporter.open(room, 60)
+    pair.exporter.send(room, list(range(20, 60)))
+    pair.decode.wait(room, "progress")
+
+
+def assert_nothing_comes_late(pair: DevicePair) -> None:
+    """The rows are somebody else's from here on: what is written into them stays."""
+    for tensor in pair.decode.kv:
+        tensor.zero_()
+    pair.move(2, seed=1)  # compares the whole pools
+    pair.decode.memory.settle()
+    assert pair.decode.memory.ring.used_bytes == 0
+
+
+def test_abort_returns_when_the_device_writes_no_more(devices: list[ThreadDevice]) -> None:
+    """Rows that landed before are on their way into the pool: `abort` waits until they are there."""
     sides = both(devices)
     with closing(DevicePair(*sides)) as pair, ThreadPoolExecutor() as pool:
         with devices[1].pause():
-            pair.begin(1, list(range(1, 61)), state=0, aux=0)
-            pair.prefill.wait(1, "grant")
-            assert pair.exporter.open(1, 60)
-            pair.exporter.send(1, list(range(20, 60)))
-            pair.decode.wait(1, "progress")
-            pair.importer.abort(1, "the client went away")
-            settled = pool.submit(pair.decode.memory.settle)
-            assert not settled.done()
-        settled.result(WAIT_S)
+            half_sent(pair, 1)
+            aborts = [pool.submit(pair.importer.abort, 1, "the client went away") for _ in range(2)]
+            found = wait(aborts, 0.3)
+            assert not found.done  # nor does the one that came second
+        for abort in aborts:
+            abort.result(WAIT_S)
         pair.prefill.wait(1, "failed")
-        for tensor in pair.decode.kv:
-            tensor.zero_()
-        pair.move(2, seed=1)  # compares the whole pools: nothing came late
-        pair.decode.memory.settle()
-        assert pair.decode.memory.ring.used_bytes == 0
+        assert_nothing_comes_late(pair)
+
+
+@pytest.mark.parametrize("how", ["prefill aborts", "prefill breaks the protocol"])
+def test_a_failure_is_reported_when_the_device_writes_no_more(
+    devices: list[ThreadDevice], how: str
+) -> None:
+    """Whoever hears that a transfer failed frees its rows at once, so nothing of it may still come."""
+    sides = both(devices)
+    with closing(DevicePair(*sides)) as pair:
+        with devices[1].pause():
+            half_sent(pair, 1)
+            if how == "prefill aborts":
+                pair.exporter.abort(1, "out of memory")
+            else:
+                (export,) = pair.exporter._exports.values()
+                assert export.channel is not None
+                export.channel.post(FrameType.GRANT, 1)
+            with pytest.raises(AssertionError):
+                pair.decode.wait(1, "failed", timeout_s=0.3)
+        pair.decode.wait(1, "failed")
+        assert_nothing_comes_late(pair)
+
+
+def test_a_device_that_failed_does_not_keep_a_request_from_failing(devices: list[ThreadDevice]) -> None:
+    """Its writes cannot be waited for; the request ends all the same, and the log says so."""
+    sides = both(devices)
+    with closing(DevicePair(*sides)) as pair:
+        half_sent(pair, 1)
+        devices[1].error = RuntimeError("unspecified launch failure")
+        pair.importer.abort(1, "the client went away")
+        pair.prefill.wait(1, "failed")
 
 
 def test_a_broken_connection_leaves_no_slot_behind(devices: list[ThreadDevice]) -> None:
