@@ -122,9 +122,7 @@ def test_abort_returns_when_the_device_writes_no_more(devices: list[ThreadDevice
 
 
 @pytest.mark.parametrize("how", ["prefill aborts", "prefill breaks the protocol"])
-def test_a_failure_is_reported_when_the_device_writes_no_more(
-    devices: list[ThreadDevice], how: str
-) -> None:
+def test_a_failure_is_reported_when_the_device_writes_no_more(devices: list[ThreadDevice], how: str) -> None:
     """Whoever hears that a transfer failed frees its rows at once, so nothing of it may still come."""
     sides = both(devices)
     with closing(DevicePair(*sides)) as pair:
