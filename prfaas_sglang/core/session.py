@@ -12,7 +12,7 @@ complete.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from cache_service.core.errors import LocalProtocolError, RemoteProtocolError
 from prfaas_sglang.core.compression import FP8, takes_fp8
@@ -279,7 +279,7 @@ class ExportSession:
                 staged = None
                 if part.staged is not None:
                     staged = part.staged[i] + (piece.data.first + shift) * row_bytes[tensor]
-                yield replace(piece, staged=staged, mark=part.mark)
+                yield Piece(piece.data, piece.rows, staged, part.mark)
 
 
 #: Position ranges (from, to) by component and tensor.

@@ -36,6 +36,7 @@ class Compressor:
     def __init__(self, layout: Layout, codecs: frozenset[int], observe: Observe) -> None:
         self._layout = layout
         self._codecs = codecs
+        self._only_raw = codecs <= {RAW}
         self._observe = observe
         self._cores = len(os.sched_getaffinity(0))
         self._lock = threading.Lock()
@@ -49,18 +50,18 @@ class Compressor:
 
     def encode(self, data: Data, views: Sequence[Buffer]) -> Coded:
         """Return the descriptor and the payload of a frame whose rows are `views`."""
-        raw_bytes = sum(len(view) for view in views)
-        begin_s = time.perf_counter()
-        coded = self._coded(data, views, raw_bytes)
-        if coded is None or sum(len(part) for part in coded[1]) >= raw_bytes:
-            coded = data, views
-        seconds = time.perf_counter() - begin_s
-        self._observe(coded[0].codec, raw_bytes, sum(len(part) for part in coded[1]), seconds)
+        raw_bytes = wire_bytes = sum(map(len, views))
+        coded, seconds = (data, views), 0.0
+        if raw_bytes >= MIN_FRAME_BYTES and not self._only_raw:
+            begin_s = time.perf_counter()
+            tried = self._coded(data, views, raw_bytes)
+            seconds = time.perf_counter() - begin_s
+            if tried is not None and (shorter := sum(map(len, tried[1]))) < raw_bytes:
+                coded, wire_bytes = tried, shorter
+        self._observe(coded[0].codec, raw_bytes, wire_bytes, seconds)
         return coded
 
     def _coded(self, data: Data, views: Sequence[Buffer], raw_bytes: int) -> Coded | None:
-        if raw_bytes < MIN_FRAME_BYTES or self._codecs == {RAW}:
-            return None
         component = self._layout.components[data.component]
         if FP8 in self._codecs and takes_fp8(component):
             parts = encode_fp8(views, component.element, data.count)

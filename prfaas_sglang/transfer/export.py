@@ -152,8 +152,8 @@ class Export:
         """Send one frame whose rows are `views`, coded as the compressor says; on a writer thread."""
         data, parts = compressor.encode(data, views)
         with self.lock:  # before it is sent: DONE may be here before `send` returns
-            self.sent_bytes += sum(len(view) for view in views)
-            self.wire_bytes += sum(len(part) for part in parts)
+            self.sent_bytes += sum(map(len, views))
+            self.wire_bytes += sum(map(len, parts))
         wire.send(FrameType.DATA, self.transfer, [encode_data(data), *parts])
 
     # --- with `lock` held ---

@@ -344,7 +344,7 @@ class Importer:
 
         `content` has the bytes when they were not received into the landing's own memory.
         """
-        with item.written() as alive:
+        with item as alive:
             if not alive:
                 landing.drop()
                 return False
@@ -361,7 +361,8 @@ class Importer:
     def _fill(self, wire: Wire, item: Import, views: list[memoryview], left: int) -> bool:
         """Receive `left` bytes into `views`; False when the transfer died meanwhile (bytes discarded)."""
         while left:
-            with item.written() as alive:
+            wire.wait_readable(left)  # first: what is there by now is rarely all of it
+            with item as alive:
                 if not alive:
                     break
                 count = wire.read_ready(views)
@@ -370,8 +371,6 @@ class Importer:
                 count -= len(views.pop(0))
             if count:
                 views[0] = views[0][count:]
-            if left:
-                wire.wait_readable(left)
         if left:
             wire.discard(left)
             return False

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from prfaas_sglang.core.framing import Grant
@@ -19,8 +17,9 @@ class Import:
     """One transfer being received, possibly by several connections' threads at once.
 
     `granted` says that a connection has carried its grant; when that breaks, the next one resumes it.
-    `lock` guards the session and `alive`. A thread that writes rows counts itself in `writing` for the time
-    of one non-blocking read, so that ending a transfer waits microseconds, never for the network.
+    `lock` guards the session and `alive`. A thread writes rows within `with item as alive` (False: it is
+    over), for the time of one non-blocking read, so that ending a transfer waits microseconds, never for the
+    network.
     """
 
     room: int
@@ -31,28 +30,28 @@ class Import:
     granted: bool = False
     alive: bool = True
     writing: int = 0
-    lock: threading.Condition = field(default_factory=threading.Condition)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    _left: threading.Condition = field(init=False)
 
-    @contextmanager
-    def written(self) -> Iterator[bool]:
-        """Keep whoever ends the transfer waiting while rows are written; False when it is over."""
+    def __post_init__(self) -> None:
+        self._left = threading.Condition(self.lock)
+
+    def __enter__(self) -> bool:
         with self.lock:
-            alive = self.alive
-            self.writing += alive
-        try:
-            yield alive
-        finally:
-            if alive:
-                with self.lock:
-                    self.writing -= 1
-                    if not self.alive:
-                        self.lock.notify_all()
+            self.writing += 1
+            return self.alive
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.writing -= 1
+            if not self.alive:
+                self._left.notify_all()
 
     def end(self) -> bool:
         """End it once; True for the call that did. No thread writes its rows when any call returns."""
         with self.lock:
             first, self.alive = self.alive, False
-            self.lock.wait_for(lambda: not self.writing)
+            self._left.wait_for(lambda: not self.writing)
             return first
 
 

@@ -182,6 +182,7 @@ class Telemetry:
             (*by_codec, "operation"),
             registry=self.registry,
         )
+        self._coding: dict[tuple[str, int], tuple[Counter, Counter, Counter]] = {}
         self._resumed = Counter(
             "prfaas_transfer_resumed_total",
             "Transfers that went on over a new connection after theirs had broken.",
@@ -271,10 +272,19 @@ class Telemetry:
 
     def encoded(self, dst_site: str, codec: int, raw_bytes: int, wire_bytes: int, seconds: float) -> None:
         """Count a frame that is about to be sent."""
-        labels = self._site, dst_site, CODEC_NAMES[codec]
-        self._raw.labels(*labels).inc(raw_bytes)
-        self._wire.labels(*labels).inc(wire_bytes)
-        self._codec_s.labels(*labels, "encode").inc(seconds)
+        found = self._coding.get((dst_site, codec))
+        if found is None:  # looking a label up takes longer than counting
+            labels = self._site, dst_site, CODEC_NAMES[codec]
+            found = self._coding[dst_site, codec] = (
+                self._raw.labels(*labels),
+                self._wire.labels(*labels),
+                self._codec_s.labels(*labels, "encode"),
+            )
+        raw, wire, codec_s = found
+        raw.inc(raw_bytes)
+        wire.inc(wire_bytes)
+        if seconds:
+            codec_s.inc(seconds)
 
     def decoded(self, src_site: str, codec: int, seconds: float) -> None:
         """Count a frame that was decoded."""

@@ -19,6 +19,7 @@ import xxhash
 
 from cache_service.core.errors import DeadlineExceeded, RemoteProtocolError, TransferError
 from prfaas_sglang.core.framing import (
+    DATA_BYTES,
     HEADER_BYTES,
     FrameType,
     Header,
@@ -32,10 +33,12 @@ from prfaas_sglang.transfer.tls import PlainStream, TlsStream, check_site, shutd
 IO_TIMEOUT_S = 20.0
 _IOV_MAX = 1024
 _SCRATCH_BYTES = 256 << 10
+#: What is read beyond the bytes that are asked for: the next frame's header, and its descriptor.
+_BEYOND_BYTES = HEADER_BYTES + DATA_BYTES
 #: Unsent bytes that the kernel may hold per connection: what an urgent frame waits behind.
 UNSENT_BYTES = 128 << 10
 #: A reader that waits for more than this is woken when this much is there.
-WAKE_BYTES = 192 << 10
+WAKE_BYTES = 256 << 10
 SO_MAX_PACING_RATE = 47
 TCP_RTO_MAX_MS = 44
 _UNLIMITED = (1 << 64) - 1
@@ -89,6 +92,8 @@ class Wire:
         self._closed = False
         self._deadline_s = math.inf
         self._lowat = 1
+        self._beyond = memoryview(bytearray(_BEYOND_BYTES))
+        self._ahead = self._beyond[:0]  # the part of it that is to be read next
         self._readable = select.poll()
         self._readable.register(sock, select.POLLIN)
         self._writable = select.poll()
@@ -110,8 +115,10 @@ class Wire:
         for part in parts:
             digest.update(part)
             length += len(part)
-        header = encode_header(Header(kind, length, transfer, digest.intdigest()))
-        self._send_all([memoryview(header), *(memoryview(part) for part in parts)])
+        head = encode_header(Header(kind, length, transfer, digest.intdigest()))
+        if parts and len(parts[0]) <= DATA_BYTES:
+            head, parts = head + parts[0], parts[1:]  # one TLS record less
+        self._send_all([memoryview(head), *(memoryview(part) for part in parts)])
         return length
 
     def _send_all(self, views: list[memoryview]) -> None:
@@ -120,30 +127,29 @@ class Wire:
             try:
                 sent = self._stream.send(views[index : index + _IOV_MAX])
             except BlockingIOError:
-                self._wait(self._writable, IO_TIMEOUT_S, "peer takes no data")
-                continue
+                sent = 0
             except (OSError, ValueError) as error:
                 raise ConnectionLost(f"send: {error}") from error
+            full = not (sent and self._tls)  # a plain socket that took only a part would take no more now
             while index < len(views) and sent >= len(views[index]):
                 sent -= len(views[index])
                 index += 1
-            if sent:
+            if index < len(views):
                 views[index] = views[index][sent:]
+                if full:
+                    self._wait(self._writable, IO_TIMEOUT_S, "peer takes no data")
 
     # --- reading ---
 
     def read_header(self, timeout_s: float) -> Header | None:
         """Return the next frame's header, or None when no byte came within `timeout_s`."""
-        if self._lowat != 1:
-            self._lowat = 1
-            with contextlib.suppress(OSError):
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-        if not self._stream.buffered:
+        if not (self._ahead or self._stream.buffered):
+            self._wake_at(1)
             try:
                 self._wait(self._readable, timeout_s, "idle")
             except DeadlineExceeded:
                 return None
-        return decode_header(self.read_exact(HEADER_BYTES))
+        return decode_header(self.read_exact(HEADER_BYTES, beyond=DATA_BYTES))
 
     def read_payload(self, header: Header) -> bytes:
         """Read and verify a control frame's payload.
@@ -158,12 +164,15 @@ class Wire:
             raise RemoteProtocolError(f"{header.type.name}: checksum mismatch", reason="checksum")
         return payload
 
-    def read_exact(self, length: int) -> bytearray:
-        """Read exactly `length` bytes (bounded by the header's checks)."""
+    def read_exact(self, length: int, *, beyond: int = 0) -> bytes | bytearray:
+        """Read exactly `length` bytes (bounded by the header's checks), and up to `beyond` ahead."""
+        if len(self._ahead) >= length:
+            found, self._ahead = bytes(self._ahead[:length]), self._ahead[length:]
+            return found
         data = bytearray(length)
         view = memoryview(data)
         while len(view):
-            view = view[self.read_some([view]) :]
+            view = view[self.read_some([view], beyond=beyond) :]
         return data
 
     def wait_readable(self, at_least: int = 1) -> None:
@@ -171,38 +180,59 @@ class Wire:
 
         Fewer, larger reads cost a third of the processor time. Raises ConnectionLost after IO_TIMEOUT_S.
         """
-        if self._stream.buffered:
+        if self._ahead or self._stream.buffered:
             return
         # under TLS a part may have left the kernel's buffer already, so its count says nothing
-        wanted = 1 if self._tls else max(1, min(at_least, WAKE_BYTES))
-        if wanted != self._lowat:
-            with contextlib.suppress(OSError):
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
-            self._lowat = wanted
+        self._wake_at(1 if self._tls else max(1, min(at_least, WAKE_BYTES)))
         try:
             self._wait(self._readable, IO_TIMEOUT_S, "peer sends no data")
         except DeadlineExceeded as error:
             raise ConnectionLost(str(error)) from error
 
-    def read_some(self, views: Sequence[memoryview]) -> int:
-        """Read at least one byte into `views`, waiting for it; return how many."""
+    def _wake_at(self, count: int) -> None:
+        if count != self._lowat:
+            self._lowat = count
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
+
+    def read_some(self, views: Sequence[memoryview], *, beyond: int = 0) -> int:
+        """Read at least one byte into `views`, waiting for it; return how many (see `read_ready`)."""
         while True:
-            count = self.read_ready(views)
+            count = self.read_ready(views, beyond=beyond)
             if count:
                 return count
             self.wait_readable()
 
-    def read_ready(self, views: Sequence[memoryview]) -> int:
-        """Read what is there into `views` without waiting; 0 when nothing is."""
+    def read_ready(self, views: Sequence[memoryview], *, beyond: int = _BEYOND_BYTES) -> int:
+        """Read what is there into `views` without waiting; return how many bytes, 0 when nothing is.
+
+        Up to `beyond` bytes that follow are read with them and kept for the next read: a call less.
+        """
+        if self._ahead:
+            return self._take_ahead(views)
+        views = views[: _IOV_MAX - 1]
+        wanted = sum(map(len, views))
         try:
-            count = self._stream.receive(views[:_IOV_MAX])
+            count = self._stream.receive([*views, self._beyond[:beyond]])
         except BlockingIOError:
             return 0
         except (OSError, ValueError) as error:
             raise ConnectionLost(f"receive: {error}") from error
         if count == 0:
             raise ConnectionLost("the peer closed the connection")
-        return count
+        if count > wanted:
+            self._ahead = self._beyond[: count - wanted]
+        return min(count, wanted)
+
+    def _take_ahead(self, views: Sequence[memoryview]) -> int:
+        """Fill `views` with bytes that were read ahead."""
+        taken = 0
+        for view in views:
+            part = self._ahead[: len(view)]
+            view[: len(part)] = part
+            self._ahead = self._ahead[len(part) :]
+            taken += len(part)
+        return taken
 
     def discard(self, length: int) -> None:
         """Read `length` bytes and throw them away."""
