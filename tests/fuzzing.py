@@ -2,7 +2,7 @@
 
 PRFAAS_FUZZ=N multiplies the examples; 1 takes seconds. A long run, without pytest's limit per test:
 `PRFAAS_FUZZ=100 pytest --timeout 0 tests/unit/prfaas_sglang/test_protocol_fuzz.py
-tests/integration/test_transfer_fuzz.py`.
+tests/integration/test_transfer_fuzz*.py`.
 """
 
 from __future__ import annotations
