@@ -163,6 +163,7 @@ class Telemetry:
             "pending_bytes": self._gauge("pending_bytes", "Computed, not yet handed to TCP.", links),
             "busy_ratio": self._gauge("busy_ratio", "Share of late time in which bytes waited.", links),
         }
+        self._link_gauges: dict[str, list[tuple[str, Gauge]]] = {}
         self._retransmitted = Counter(
             "prfaas_transfer_retransmitted_bytes_total",
             "Bytes that TCP sent again.",
@@ -227,8 +228,13 @@ class Telemetry:
 
     def sampled(self, dst_site: str, bundle: str, sample: LinkSample) -> None:
         """Take a sample of the bundle `bundle` (any unique name) towards a site."""
-        for name, gauge in self._gauges.items():
-            gauge.labels(self._site, dst_site).set(getattr(sample, name) or 0.0)
+        gauges = self._link_gauges.get(dst_site)
+        if gauges is None:  # looking a label up takes longer than setting
+            gauges = self._link_gauges[dst_site] = [
+                (name, gauge.labels(self._site, dst_site)) for name, gauge in self._gauges.items()
+            ]
+        for name, gauge in gauges:
+            gauge.set(getattr(sample, name) or 0.0)
         with self._lock:
             site = self._links.setdefault(dst_site, {})
             before = site.get(bundle)
@@ -273,7 +279,7 @@ class Telemetry:
     def encoded(self, dst_site: str, codec: int, raw_bytes: int, wire_bytes: int, seconds: float) -> None:
         """Count a frame that is about to be sent."""
         found = self._coding.get((dst_site, codec))
-        if found is None:  # looking a label up takes longer than counting
+        if found is None:
             labels = self._site, dst_site, CODEC_NAMES[codec]
             found = self._coding[dst_site, codec] = (
                 self._raw.labels(*labels),

@@ -36,7 +36,7 @@ _SCRATCH_BYTES = 256 << 10
 #: What is read beyond the bytes that are asked for: the next frame's header, and its descriptor.
 _BEYOND_BYTES = HEADER_BYTES + DATA_BYTES
 #: Unsent bytes that the kernel may hold per connection: what an urgent frame waits behind.
-UNSENT_BYTES = 128 << 10
+UNSENT_BYTES = 256 << 10
 #: A reader that waits for more than this is woken when this much is there.
 WAKE_BYTES = 256 << 10
 SO_MAX_PACING_RATE = 47
