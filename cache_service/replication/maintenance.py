@@ -23,6 +23,8 @@ from cache_service.replication.core.layout import ROOT
 log = logging.getLogger(__name__)
 
 ROUND_S = 60.0
+#: After a round that met a full quota: each member raises an alarm of its own, perhaps only after that round.
+AGAIN_S = 2.0
 LEADER_KEY = ROOT + b"maintenance/leader"
 #: Free space worth a member's pause.
 _WASTE_BYTES = 64 << 20
@@ -42,17 +44,19 @@ class Maintenance:
         self._round_s = round_s
         self._lease: Lease | None = None
         self._revision_before = 0
+        self._full = False
         #: Rounds done as the leader, compactions, members defragmented, alarms cleared.
         self.rounds = self.compactions = self.defragmented = self.cleared = 0
 
     async def run(self) -> None:
         """One round after the other."""
         while True:
+            self._full = False
             try:
                 await self.round()
             except PrfaasError as error:
                 logs.event(log, "maintenance_failed", logging.WARNING, reason=error.reason, error=str(error))
-            await asyncio.sleep(self._round_s)
+            await asyncio.sleep(min(AGAIN_S, self._round_s) if self._full else self._round_s)
 
     async def round(self) -> None:
         """Do what is due, if this process is elected. Raises PrfaasError."""
@@ -105,6 +109,7 @@ class Maintenance:
         return found
 
     async def _clear_quota(self, statuses: dict[str, Status]) -> None:
+        self._full = True
         logs.event(log, "quota_used_up", logging.ERROR)
         revision = max(status.revision for status in statuses.values())
         with contextlib.suppress(Compacted):
