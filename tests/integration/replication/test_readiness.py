@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from tests.integration.cache_support import (
 )
 from tests.integration.cache_support import until as until_async
 from tests.integration.etcd_support import CutProxy, EtcdCluster
-from tests.integration.replication.support import EVERYTHING
+from tests.integration.replication.support import DEADLINE_S, EVERYTHING
 
 pytestmark = pytest.mark.slow
 
@@ -116,15 +115,14 @@ async def test_etcd_down_at_start(shared_etcd: EtcdCluster, tmp_path: Path, site
     """Ready after ready_wait_s, and said to be behind; caught up once etcd is there."""
     proxy = await CutProxy(shared_etcd.members[0].client_port).start()
     proxy.refuses = True
-    b = CacheProcess(tmp_path, [], site="B", **replication(proxy.endpoint, ready_wait_s=1.5))
+    b = CacheProcess(tmp_path, [], site="B", **replication(proxy.endpoint, ready_wait_s=6.0))
     await b.launch()
     try:
         async with grpc.aio.insecure_channel(b.address) as channel:
             health = health_of(channel)
             assert await anext(health) == NOT_SERVING
-            started_s = time.monotonic()
-            assert await anext(health) == SERVING
-            assert time.monotonic() - started_s < 3
+            async with asyncio.timeout(DEADLINE_S):
+                assert await anext(health) == SERVING
         stats = await b.client.stats()
         assert (stats.starting, stats.behind) == (False, ("discovery",))
         status, body = await get(b, "/ready")
@@ -195,8 +193,9 @@ async def test_workers(tmp_path: Path) -> None:
     try:
         async with grpc.aio.insecure_channel(b.address) as channel:
             health = health_of(channel)
-            assert await anext(health) == NOT_SERVING
-            assert await anext(health) == SERVING
+            async with asyncio.timeout(DEADLINE_S):
+                while await anext(health) != SERVING:  # it may be ready before it is asked
+                    pass
             for chain in (0, CHAINS - 1):
                 assert await b.matched(blocks(chain)) == {worker.worker_id: LENGTH * PAGE}
             assert (await b.client.stats()).behind == ()
